@@ -1,0 +1,181 @@
+"""Load a Hugging Face causal language model, freeze it, and say exactly which one it is.
+
+The only caller of `from_pretrained` for decoders. A compressor that needs the decoder's weights with adapters on
+top asks for `second_tree()`: other modules over the same tensors, so that neither adapters nor hooks of the encoder
+can ever touch the decoder, in any thread.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ctxcomp_rag.errors import ModelLoadError
+from ctxcomp_rag.rope import RotaryPositions, rope_fingerprint
+from ctxcomp_rag.spans import DecoderFingerprint
+from ctxcomp_rag.tokenization import TextTokenizer
+
+EMBEDDED_MODEL = "embedded"
+"""Name of the decoder that comes with the package (trained from scratch by us; see the README)."""
+
+
+class Backbone:
+    """A frozen decoder, its tokenizer and its fingerprint.
+
+    Attributes:
+        model: the causal language model, in eval mode, no parameter requires a gradient.
+        tokenizer: None for a decoder that is fed with ids only.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, model_id: str,
+                 revision: str = "") -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config.get_text_config()
+        self.model_id, self.revision = model_id, revision
+        self._tokenizer = TextTokenizer(tokenizer) if tokenizer is not None else None
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        if self._tokenizer is None:
+            raise ModelLoadError(f"the model {self.model_id!r} was loaded without a tokenizer; pass token ids, "
+                                 "or save a tokenizer beside the model")
+        return self._tokenizer
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def max_positions(self) -> int:
+        """Longest prompt plus answer the model was made for."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 2**31)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(getattr(self.config, "head_dim", None) or self.hidden_size // self.config.num_attention_heads)
+
+    @cached_property
+    def rope(self) -> RotaryPositions:
+        """Rotary frequencies; raises UnsupportedModelError where cached keys cannot be moved, with the reason."""
+        return RotaryPositions.from_config(self.config)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows (..., hidden_size) as `inputs_embeds` expects them, scaled where the architecture scales (Gemma)."""
+        rows: Tensor = self.model.get_input_embeddings()(ids.to(self.device))
+        return rows
+
+    def second_tree(self) -> PreTrainedModel:
+        """The same model as other modules over the same tensors (no memory but the modules' own).
+
+        A deep copy whose memo maps every parameter and buffer to itself: tied weights stay tied, and buffers that
+        no state dict carries (rotary frequencies, embedding scales) are shared too.
+        """
+        shared: dict[int, Any] = {id(t): t for t in self.model.parameters()}
+        shared |= {id(t): t for t in self.model.buffers()}
+        return copy.deepcopy(self.model, shared)
+
+    @cached_property
+    def fingerprint(self) -> DecoderFingerprint:
+        return DecoderFingerprint(
+            model_id=self.model_id,
+            revision=self.revision,
+            weights_digest=weights_digest(self.model),
+            tokenizer_digest=self._tokenizer.digest if self._tokenizer else "",
+            hidden_size=self.hidden_size,
+            num_layers=int(self.config.num_hidden_layers),
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            rope=rope_fingerprint(self.config),
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all parameters, in name order."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(json.dumps([name, str(parameter.dtype), list(parameter.shape)]).encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def embedded_path(name: str = "decoder") -> Path:
+    """Folder of the model that comes with the package."""
+    return Path(str(files("ctxcomp_rag"))) / "assets" / name
+
+
+def load_frozen(model: str | Path = EMBEDDED_MODEL, *, revision: str | None = None,
+                dtype: torch.dtype | str | None = None, device: str | torch.device | None = None,
+                trust_remote_code: bool = False) -> Backbone:
+    """Load a decoder-only language model by name or folder and freeze it.
+
+    Args:
+        model: "embedded" (the default model of the package), a folder, or a Hugging Face hub id.
+        dtype: default is the checkpoint's on a GPU and float32 on a CPU, where bfloat16 is slow or emulated.
+        trust_remote_code: run code that comes with the checkpoint; off unless you turn it on.
+
+    Raises:
+        ModelLoadError: no such folder or hub id, no network, or not a causal language model.
+    """
+    name = str(model)
+    path = embedded_path() if name == EMBEDDED_MODEL else Path(name)
+    source = str(path) if path.exists() else name
+    target = torch.device(device) if device is not None else _default_device()
+    chosen = dtype if dtype is not None else ("auto" if target.type == "cuda" else torch.float32)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=chosen, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(_advice(name, error)) from error
+    return Backbone(loaded.to(target), _load_tokenizer(source, options), model_id=name,
+                    revision=revision or str(getattr(config, "_commit_hash", None) or ""))
+
+
+def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    if Path(source).is_dir() and not any((Path(source) / n).exists() for n in ("tokenizer.json", "tokenizer_config.json",
+                                                                              "tokenizer.model", "vocab.json")):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"the tokenizer of {source!r} cannot be loaded: {error}") from error
+    return tokenizer
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _advice(name: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if name == EMBEDDED_MODEL:
+        return f"the embedded model is missing or damaged ({first}); reinstall ctxcomp-rag"
+    if Path(name).is_dir():
+        return f"the folder {name!r} does not hold a causal language model that can be loaded: {first}"
+    return (
+        f"the model {name!r} is neither a folder here nor a model that could be fetched from the Hugging Face hub "
+        f"({first}). Check the spelling; without network, download the model elsewhere and pass its folder, "
+        f"or use --model {EMBEDDED_MODEL}"
+    )

@@ -1,0 +1,31 @@
+"""The compressors, by name. A new one adds its file and a line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import cast
+
+from ctxcomp_rag.backbone import Backbone
+from ctxcomp_rag.compressors.base import Compressor, read_config
+from ctxcomp_rag.errors import InputError
+
+COMPRESSORS = {
+    "icae": "ctxcomp_rag.compressors.icae:ICAECompressor",
+}
+
+
+def compressor_class(name: str) -> type[Compressor]:
+    """The class registered under `name`; raises InputError naming the ones there are."""
+    if name not in COMPRESSORS:
+        raise InputError(f"there is no compressor {name!r}; expected one of {', '.join(sorted(COMPRESSORS))}")
+    module, attribute = COMPRESSORS[name].split(":")
+    return cast(type[Compressor], getattr(import_module(module), attribute))
+
+
+def load_compressor(path: str | Path, backbone: Backbone) -> Compressor:
+    """Load a saved compressor of any kind; its settings file names the method."""
+    return compressor_class(read_config(Path(path))["method"]).from_pretrained(path, backbone)
+
+
+__all__ = ["COMPRESSORS", "Compressor", "compressor_class", "load_compressor"]

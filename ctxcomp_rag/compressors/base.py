@@ -1,0 +1,77 @@
+"""What every compressor is: `compress(chunks) -> spans`, a specification, and a folder it can be saved to."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from ctxcomp_rag.backbone import Backbone
+from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.errors import ModelLoadError
+from ctxcomp_rag.spans import MemorySpan, SpanSpec
+
+CONFIG_NAME = "ctxcomp_config.json"
+
+
+class Compressor(ABC):
+    """Turns chunks into memory spans. It sees no question, so it can run offline.
+
+    A new method is one file: subclass, give it a `name`, and add a line to the registry in `compressors/__init__.py`.
+    """
+
+    name: ClassVar[str]
+    backbone: Backbone
+
+    @property
+    @abstractmethod
+    def spec(self) -> SpanSpec:
+        """Who may read the spans, and how they are laid out."""
+
+    @property
+    @abstractmethod
+    def max_chunk_tokens(self) -> int:
+        """Chunk length (decoder tokens) that this compressor was made for; longer texts are cut into segments."""
+
+    @property
+    @abstractmethod
+    def compression_factor(self) -> float:
+        """Source tokens per slot unless `compress` is told otherwise."""
+
+    @abstractmethod
+    def compress(self, chunks: Sequence[Chunk], *, compression_factor: float | None = None) -> list[MemorySpan]:
+        """One span for each chunk, in order. Raises InputError for a factor that the compressor cannot make."""
+
+    @abstractmethod
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write weights and settings to a folder that `from_pretrained` reads."""
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, path: str | Path, backbone: Backbone) -> Self:
+        """Load from a folder; raises IncompatibleSpanError if it was trained for another decoder."""
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
+        """Upload the saved folder to the Hugging Face hub; returns its address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings file of a saved compressor; raises ModelLoadError where there is none."""
+    file = path / CONFIG_NAME
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelLoadError(f"{str(path)!r} is not a saved compressor: it has no {CONFIG_NAME}") from error
+    except json.JSONDecodeError as error:
+        raise ModelLoadError(f"{str(file)!r} is not valid JSON ({error}); save the compressor again") from error
+    return config

@@ -1,0 +1,58 @@
+"""Every error that ctxcomp-rag raises on purpose.
+
+    CtxcompError
+    ├── InputError(ValueError)            a document, file, column or argument is not usable
+    ├── SpanShapeError(ValueError)        tensors of a span do not fit together
+    ├── IncompatibleSpanError(ValueError) a span was made for another decoder or compressor
+    ├── UnsupportedModelError(ValueError) this architecture cannot do what was asked, with the reason
+    ├── ModelLoadError(OSError)           a model, tokenizer or compressor cannot be loaded
+    ├── IndexFolderError(OSError)         an index folder is missing, damaged, or in use
+    │   ├── IndexDamagedError
+    │   └── IndexLockedError
+    └── GenerationError(RuntimeError)     decoding stopped for a reason that is not the caller's
+
+Each class also derives from the builtin that a caller would expect, so `except ValueError` works.
+Messages are sentences: what was expected, what was found, what to type next.
+"""
+
+from __future__ import annotations
+
+
+class CtxcompError(Exception):
+    """Base of all errors raised by ctxcomp-rag."""
+
+
+class InputError(CtxcompError, ValueError):
+    """A document, file, column or argument is not usable."""
+
+
+class SpanShapeError(CtxcompError, ValueError):
+    """The tensors of a memory span do not fit together."""
+
+
+class IncompatibleSpanError(CtxcompError, ValueError):
+    """A span or index was made for another decoder or by another compressor."""
+
+
+class UnsupportedModelError(CtxcompError, ValueError):
+    """The model's architecture cannot do what was asked."""
+
+
+class ModelLoadError(CtxcompError, OSError):
+    """A model, tokenizer or compressor cannot be loaded."""
+
+
+class IndexFolderError(CtxcompError, OSError):
+    """An index folder is missing, cannot be written, or is not an index."""
+
+
+class IndexDamagedError(IndexFolderError):
+    """Stored bytes do not match their checksums."""
+
+
+class IndexLockedError(IndexFolderError):
+    """Another process is writing to the index."""
+
+
+class GenerationError(CtxcompError, RuntimeError):
+    """Decoding stopped for a reason that is not the caller's."""

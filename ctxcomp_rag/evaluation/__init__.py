@@ -1,0 +1,1 @@
+"""Evaluation: test material and measures of answer quality."""

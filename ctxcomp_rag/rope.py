@@ -1,0 +1,116 @@
+"""Moving cached keys to new positions (RoPE), by one rotation that does not need the unrotated keys.
+
+R(p') k = R(p' - p) R(p) k, so a key that was rotated for position p is moved by rotating it once more by the
+difference. The attention scaling of YaRN is a factor on the rotated key; it is there already and is not applied again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ctxcomp_rag.errors import UnsupportedModelError
+
+_STATIC_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, eq=False)
+class RotaryPositions:
+    """Frequencies of a decoder's rotary embedding.
+
+    Attributes:
+        inv_freq: (rotary_dim / 2,) float32, radians per position.
+        attention_scaling: factor that the model applies to cos and sin (1.0 but for YaRN).
+    """
+
+    inv_freq: Tensor
+    attention_scaling: float
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading part of head_dim that is rotated (all of it unless `partial_rotary_factor` < 1)."""
+        return 2 * int(self.inv_freq.numel())
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> RotaryPositions:
+        """Read the frequencies of a Hugging Face decoder configuration.
+
+        Raises:
+            UnsupportedModelError: cached keys of this architecture cannot be moved; the message says why.
+        """
+        reason = _why_not(config)
+        if reason:
+            raise UnsupportedModelError(
+                f"keys of {config.model_type!r} cannot be moved to new positions: {reason}. "
+                f"Use soft spans (ICAE, PCC) with this decoder."
+            )
+        parameters = rope_parameters(config)
+        kind = parameters.get("rope_type", "default")
+        if kind == "default":
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            dim = int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+            exponents = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
+            return cls(1.0 / (parameters["rope_theta"] ** exponents), 1.0)
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        return cls(inv_freq.to(torch.float32), float(scaling))
+
+
+def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
+    """RoPE parameters of a configuration, {} where it has none (learned positions)."""
+    parameters = getattr(config, "rope_parameters", None)
+    return dict(parameters) if parameters else {}
+
+
+def rope_fingerprint(config: PretrainedConfig) -> str:
+    """RoPE parameters as canonical JSON, "" where the model has none."""
+    parameters = rope_parameters(config)
+    return json.dumps(parameters, sort_keys=True, default=str) if parameters else ""
+
+
+def _why_not(config: PretrainedConfig) -> str:
+    parameters = rope_parameters(config)
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if any("linear" in t or "mamba" in t or "recurrent" in t for t in layer_types):
+        return f"it has linear-attention layers ({sorted(layer_types)}), which keep a state and no keys"
+    if any("sliding" in t or "chunked" in t for t in layer_types) or (sliding and not layer_types):
+        return f"it has sliding-window layers (window {getattr(config, 'sliding_window', None)}), which drop old keys"
+    if not parameters:
+        return "it has no rotary embedding (learned or no positions)"
+    if any(isinstance(v, dict) for v in parameters.values()):
+        return "its layers use different rotary embeddings"
+    kind = parameters.get("rope_type", "default")
+    if kind not in _STATIC_TYPES:
+        return f"the frequencies of RoPE type {kind!r} depend on the length of the prompt"
+    if parameters.get("mrope_section"):
+        return "its rotary embedding has several axes (M-RoPE)"
+    return ""
+
+
+def rotate_keys(keys: Tensor, shift: Tensor | int, rope: RotaryPositions) -> Tensor:
+    """Keys moved by `shift` positions.
+
+    Args:
+        keys: (..., num_slots, head_dim), rotated for their present positions; halves layout (`rotate_half`).
+        shift: new minus old position, an int or a tensor broadcastable to (..., num_slots).
+        rope: the decoder's frequencies.
+
+    Returns:
+        Keys of the same shape and dtype; computed in float32 (bfloat16 angles lose whole positions).
+    """
+    shift = torch.as_tensor(shift, device=keys.device)
+    if not bool(shift.any()):
+        return keys
+    # float64 angles: a shift of 1,000 positions in float32 is already off by 6e-5 rad
+    angle = shift.to(torch.float64)[..., None] * rope.inv_freq.to(keys.device, torch.float64)
+    cos, sin = angle.cos().to(torch.float32), angle.sin().to(torch.float32)
+    half, dim = rope.rotary_dim // 2, rope.rotary_dim
+    first, second, rest = keys[..., :half].float(), keys[..., half:dim].float(), keys[..., dim:]
+    moved = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([moved.to(keys.dtype), rest], dim=-1)

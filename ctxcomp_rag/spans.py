@@ -1,0 +1,272 @@
+"""Memory spans: one chunk in latent form, and the specification of who may read it.
+
+    MemorySpan            chunk_id, num_source_tokens, positions, num_positions
+    ├── SoftSpan          embeds (num_slots, hidden_size)                      enters through inputs_embeds
+    └── KVSpan            keys, values (num_layers, num_kv_heads, num_slots, head_dim)   enters through the cache
+
+`positions` count from the span's start: consecutive (official ICAE and PCC), or spread over the places
+of the text that the slots stand for (EPL, arXiv 2409.14364). `num_positions` is how far the text that
+follows the span is moved on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ctxcomp_rag.errors import IncompatibleSpanError, SpanShapeError
+
+SpanKind = Literal["soft", "kv"]
+SlotPositions = Literal["consecutive", "spread"]
+
+
+@dataclass(frozen=True, eq=False)
+class MemorySpan:
+    """What every span knows about itself. Immutable; tensors are detached and must not be written to.
+
+    Attributes:
+        chunk_id: id of the chunk the span stands for.
+        num_source_tokens: decoder tokens of that chunk's text.
+        positions: (num_slots,) int64, strictly increasing, from the span's start.
+        num_positions: positions the whole span occupies, at least `positions[-1] + 1`.
+    """
+
+    chunk_id: str
+    num_source_tokens: int
+    positions: Tensor
+    num_positions: int
+
+    def __post_init__(self) -> None:
+        positions = self.positions.detach().to(torch.int64)
+        object.__setattr__(self, "positions", positions)
+        if positions.ndim != 1 or positions.numel() == 0:
+            raise SpanShapeError(f"positions must be (num_slots,) with at least one slot, got {tuple(positions.shape)}")
+        if self.num_source_tokens < 1:
+            raise SpanShapeError(f"num_source_tokens must be at least 1, got {self.num_source_tokens}")
+        if positions[0] < 0 or bool((positions[1:] <= positions[:-1]).any()):
+            raise SpanShapeError(f"positions must be strictly increasing from 0 or more, got {positions.tolist()}")
+        if self.num_positions <= int(positions[-1]):
+            raise SpanShapeError(
+                f"num_positions must be greater than the last slot's position {int(positions[-1])}, "
+                f"got {self.num_positions}"
+            )
+
+    @property
+    def num_slots(self) -> int:
+        """Length of the span inside the decoder."""
+        return int(self.positions.numel())
+
+    @property
+    def compression_factor(self) -> float:
+        """Source tokens per slot: 4.0 means 4x."""
+        return self.num_source_tokens / self.num_slots
+
+    @property
+    def kind(self) -> SpanKind:
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the latent tensors."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class SoftSpan(MemorySpan):
+    """A span of embeddings.
+
+    Attributes:
+        embeds: (num_slots, hidden_size), floating point; rows enter the decoder through `inputs_embeds`.
+    """
+
+    embeds: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "embeds", self.embeds.detach())
+        _check_shape("embeds", self.embeds, (self.num_slots, None))
+
+    @property
+    def kind(self) -> SpanKind:
+        return "soft"
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.embeds.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.embeds.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class KVSpan(MemorySpan):
+    """A span of cache entries.
+
+    Attributes:
+        keys: (num_layers, num_kv_heads, num_slots, head_dim), rotated as if the span began at position 0,
+            slot j at `positions[j]`.
+        values: same shape.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "keys", self.keys.detach())
+        object.__setattr__(self, "values", self.values.detach())
+        _check_shape("keys", self.keys, (None, None, self.num_slots, None))
+        _check_shape("values", self.values, (self.num_layers, self.num_kv_heads, self.num_slots, None))
+
+    @property
+    def kind(self) -> SpanKind:
+        return "kv"
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.keys.shape[0])
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(self.keys.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
+    fits = tensor.ndim == len(expected) and all(e in (None, s) for e, s in zip(expected, tensor.shape, strict=True))
+    if not fits:
+        wanted = ", ".join("*" if e is None else str(e) for e in expected)
+        raise SpanShapeError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise SpanShapeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+
+
+@dataclass(frozen=True)
+class DecoderFingerprint:
+    """What makes two decoders the same to a span. `model_id` and `revision` are for people; the rest decides.
+
+    Attributes:
+        weights_digest: sha256 over names, shapes, dtypes and bytes of all parameters.
+        tokenizer_digest: sha256 of the tokenizer's definition, "" for a decoder fed with ids only.
+        rope: RoPE parameters of the config, as canonical JSON; "" without RoPE.
+    """
+
+    model_id: str
+    revision: str
+    weights_digest: str
+    tokenizer_digest: str
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    rope: str
+    dtype: str
+
+    def differences(self, other: DecoderFingerprint) -> list[str]:
+        """Names of the deciding fields in which the two differ."""
+        skip = {"model_id", "revision"}
+        return [f.name for f in fields(self) if f.name not in skip and getattr(self, f.name) != getattr(other, f.name)]
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.model_id}{revision} ({self.dtype}, weights {self.weights_digest[:12]})"
+
+
+@dataclass(frozen=True, eq=False)
+class SpanSpec:
+    """What a decoder must be to read the spans, and how they are laid out in its prompt.
+
+    Attributes:
+        kind: "soft" or "kv".
+        decoder: the decoder the spans were made for.
+        compressor: method and digest of the compressor's weights and settings, e.g. "icae-1f0c...".
+        slot_positions: "consecutive" or "spread".
+        delimiters: name -> (n, hidden_size) embeddings that the compressor brings along. "before" and "after"
+            enclose every span; "reconstruct" asks the decoder to repeat the span's text ([AE] of ICAE);
+            "continue" asks it to go on ([LM]).
+    """
+
+    kind: SpanKind
+    decoder: DecoderFingerprint
+    compressor: str
+    slot_positions: SlotPositions = "consecutive"
+    delimiters: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        frozen = {name: rows.detach() for name, rows in sorted(self.delimiters.items())}
+        for name, rows in frozen.items():
+            _check_shape(f"delimiter {name!r}", rows, (None, self.decoder.hidden_size))
+        object.__setattr__(self, "delimiters", MappingProxyType(frozen))
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits over everything that decides whether two spans are interchangeable."""
+        digest = hashlib.sha256()
+        deciding = {k: v for k, v in asdict(self.decoder).items() if k not in ("model_id", "revision")}
+        digest.update(json.dumps([self.kind, self.compressor, self.slot_positions, deciding], sort_keys=True).encode())
+        for name, rows in self.delimiters.items():
+            digest.update(name.encode() + rows.to(torch.float32).cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the delimiter tensors, JSON-ready."""
+        return {
+            "kind": self.kind,
+            "decoder": asdict(self.decoder),
+            "compressor": self.compressor,
+            "slot_positions": self.slot_positions,
+            "delimiters": {name: list(rows.shape) for name, rows in self.delimiters.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], delimiters: Mapping[str, Tensor]) -> SpanSpec:
+        """Inverse of `to_dict`; raises SpanShapeError where a delimiter is missing or of another shape."""
+        shapes = {name: tuple(rows.shape) for name, rows in delimiters.items()}
+        stated = {name: tuple(shape) for name, shape in data["delimiters"].items()}
+        if shapes != stated:
+            raise SpanShapeError(f"the manifest names the delimiters {stated}, the tensor file holds {shapes}")
+        return cls(data["kind"], DecoderFingerprint(**data["decoder"]), data["compressor"], data["slot_positions"],
+                   delimiters)
+
+    def require_decoder(self, decoder: DecoderFingerprint) -> None:
+        """Raises IncompatibleSpanError unless spans of this specification can be read by `decoder`."""
+        different = self.decoder.differences(decoder)
+        if different:
+            raise IncompatibleSpanError(
+                f"these spans were made for the decoder {self.decoder}, but this decoder is {decoder}; "
+                f"they differ in {', '.join(different)}. Load the decoder the spans were made for, "
+                f"or precompress the documents again for this one."
+            )
+
+    def require_compressor(self, other: SpanSpec) -> None:
+        """Raises IncompatibleSpanError unless spans of `other` may stand beside spans of this specification."""
+        self.require_decoder(other.decoder)
+        if self.fingerprint != other.fingerprint:
+            raise IncompatibleSpanError(
+                f"these spans were made by the compressor {self.compressor} ({self.kind}, {self.slot_positions}), "
+                f"but the new ones come from {other.compressor} ({other.kind}, {other.slot_positions}). "
+                f"Use the same compressor, or create another index."
+            )
+
+    def require_span(self, span: MemorySpan) -> None:
+        """Raises SpanShapeError unless the span's kind and sizes are those of this specification."""
+        if span.kind != self.kind:
+            raise SpanShapeError(f"expected a {self.kind} span, got the {span.kind} span {span.chunk_id!r}")
+        d = self.decoder
+        if isinstance(span, SoftSpan):
+            _check_shape(f"embeds of {span.chunk_id!r}", span.embeds, (span.num_slots, d.hidden_size))
+        if isinstance(span, KVSpan):
+            shape = (d.num_layers, d.num_kv_heads, span.num_slots, d.head_dim)
+            _check_shape(f"keys of {span.chunk_id!r}", span.keys, shape)
+            _check_shape(f"values of {span.chunk_id!r}", span.values, shape)

@@ -1,0 +1,241 @@
+"""The training mix: fictional knowledge base, SQuAD train and Wikipedia windows, in the layouts the product uses.
+
+A training *row* is a context of parts (text, or a slot span of some document, in any order) followed by
+*branches* that see the context and themselves but not each other: questions with answers, or a reconstruction.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+import re
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ctxcomp_rag.evaluation.fictional import NOT_STATED, FictionalDocument, Split, generate_document
+
+MAX_CHUNK = 128
+BOS, EOS = "<|bos|>", "<|end|>"
+SPECIALS = ("<|pad|>", BOS, EOS, "<|system|>", "<|user|>", "<|assistant|>")
+
+# (text before the context, text between context and question, weight): the layouts of our own pipeline,
+# of LangChain's stuff chain and of LlamaIndex's default question-answer template.
+_LLAMA_INDEX = ("<|bos|><|user|>Context information is below.\n---------------------\n",
+                "\n---------------------\nGiven the context information and not prior knowledge, "
+                "answer the query.\nQuery: {q}\nAnswer: <|end|><|assistant|>")
+_LANGCHAIN = ("<|bos|><|system|>Use the following context to answer the question.\n\n",
+              "<|end|><|user|>{q}<|end|><|assistant|>")
+NATIVE = ("<|bos|><|user|>", "\n\nQuestion: {q}<|end|><|assistant|>")
+_BARE = ("", NATIVE[1])
+LAYOUTS = ((NATIVE, 0.6), (_BARE, 0.2), (_LANGCHAIN, 0.12), (_LLAMA_INDEX, 0.08))
+
+
+@dataclass
+class Branch:
+    """Ids after the context; `kind` names the loss: "answer" (with `answer_start`) or "reconstruct"."""
+
+    ids: list[int]
+    answer_start: int
+    kind: str
+
+
+@dataclass
+class Row:
+    prefix: list[int]
+    parts: list[tuple[list[int], float | None]]  # (source ids, compression factor; None = as text)
+    branches: list[Branch] = field(default_factory=list)
+    language_model: float = 0.0  # weight of the next-token loss over the text parts
+    source: str = ""
+
+
+@dataclass
+class Passage:
+    """A tokenised paragraph with the tokens' character ranges, sentence starts and question-answer pairs."""
+
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
+    sentences: list[int]  # token indices where a sentence begins
+    questions: list[tuple[list[int], list[int], int, int]]  # question ids, answer ids, first and last token
+    article: int
+
+
+def read_lines(path: Path) -> list[dict[str, str]]:
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def read_squad(path: Path) -> list[dict]:  # type: ignore[type-arg]
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        return json.load(file)["data"]  # type: ignore[no-any-return]
+
+
+def _token_sentences(text: str, starts: list[int]) -> list[int]:
+    begins = [0] + [bisect_left(starts, m.end()) for m in re.finditer(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])", text)]
+    # a byte-level token carries its leading space, so a sentence begins one token earlier than its first letter
+    return sorted({max(0, b - 1) if b and b <= len(starts) else 0 for b in begins})
+
+
+class Corpus:
+    """All sources, tokenised; `row(...)` draws one training row."""
+
+    def __init__(self, tokenizer: Tokenizer, data: Path, wiki_files: int = 1, squad: str = "train") -> None:
+        self.split: Split = "train" if squad == "train" else "held_out"
+        self.tokenizer = tokenizer
+        self.squad: list[Passage] = []
+        for article, entry in enumerate(read_squad(data / f"squad-{squad}-v1.1.json.xz")):
+            contexts = [p["context"] for p in entry["paragraphs"]]
+            encoded = tokenizer.encode_batch(contexts, add_special_tokens=False)
+            for paragraph, enc in zip(entry["paragraphs"], encoded, strict=True):
+                self.squad.append(self._passage(paragraph, enc, article))
+        self.by_article: dict[int, list[int]] = {}
+        for i, p in enumerate(self.squad):
+            self.by_article.setdefault(p.article, []).append(i)
+        self.answerable = [i for i, p in enumerate(self.squad) if p.questions]
+        self.wiki: list[list[int]] = []
+        for i in range(wiki_files):
+            texts = [r["text"][:20000] for r in read_lines(data / f"wiki-{i:02d}.jsonl.xz")]
+            self.wiki += [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False) if len(e.ids) > 40]
+        self.layouts = [((self.ids(a), b), w) for (a, b), w in LAYOUTS]
+        self.eos = tokenizer.token_to_id(EOS)
+        self.separator = self.ids("\n\n")
+        self.not_stated = self.ids(NOT_STATED)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+
+    def _passage(self, paragraph: dict, enc, article: int) -> Passage:  # type: ignore[type-arg,no-untyped-def]
+        text = paragraph["context"]
+        starts, ends = [o[0] for o in enc.offsets], [o[1] for o in enc.offsets]
+        questions = []
+        for qa in paragraph["qas"]:
+            answer = qa["answers"][0]
+            begin = answer["answer_start"]
+            first = bisect_right(starts, begin) - 1
+            last = bisect_left(ends, begin + len(answer["text"]))
+            if first < 0 or last >= len(enc.ids) or text[begin : begin + len(answer["text"])] != answer["text"]:
+                continue
+            questions.append((qa["question"].strip(), answer["text"], first, last))
+        q_ids = self.tokenizer.encode_batch([q[0] for q in questions], add_special_tokens=False)
+        a_ids = self.tokenizer.encode_batch([q[1] for q in questions], add_special_tokens=False)
+        packed = [(a.ids, b.ids, q[2], q[3]) for a, b, q in zip(q_ids, a_ids, questions, strict=True)]
+        return Passage(enc.ids, starts, ends, _token_sentences(text, starts), packed, article)
+
+    # -- documents -------------------------------------------------------------------------------------------------
+
+    def fictional(self, rng: random.Random, kind: str | None = None) -> tuple[list[int], FictionalDocument]:
+        while True:
+            document = generate_document(rng, self.split, kind=kind)
+            ids = self.ids(document.text)
+            if len(ids) <= MAX_CHUNK + 32:
+                return ids, document
+
+    def fictional_branches(self, rng: random.Random, document: FictionalDocument, count: int,
+                           middle: str) -> list[Branch]:
+        chosen = rng.sample(document.questions, min(count, len(document.questions)))
+        if document.unanswerable and rng.random() < 0.5:
+            chosen[-1] = rng.choice(document.unanswerable)
+        if rng.random() < 0.15:  # a question about a document that is not there
+            absent = rng.choice(self.fictional(rng, document.kind)[1].questions)
+            chosen[-1] = replace(absent, answer=NOT_STATED)
+        return [self.question(self.ids(middle.format(q=c.question)), self.ids(c.answer)) for c in chosen]
+
+    def question(self, before: list[int], answer: list[int]) -> Branch:
+        return Branch([*before, *answer, self.eos], len(before), "answer")
+
+    def squad_window(self, rng: random.Random, passage: Passage) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+        """A window of at most MAX_CHUNK tokens, begun at a sentence, with the questions it answers."""
+        length = rng.choice((MAX_CHUNK, MAX_CHUNK, rng.randint(40, MAX_CHUNK)))
+        _, _, first, last = rng.choice(passage.questions)
+        begins = [s for s in passage.sentences if s <= first and last < s + length] or [max(0, last + 1 - length)]
+        begin = rng.choice(begins)
+        end = min(begin + length, len(passage.ids))
+        stops = [s for s in passage.sentences if last < s <= end]
+        if end < len(passage.ids) and stops:
+            end = stops[-1]
+        pairs = [(q, a) for q, a, f, z in passage.questions if begin <= f and z < end]
+        return passage.ids[begin:end], pairs
+
+    def wiki_window(self, rng: random.Random) -> list[int]:
+        article = rng.choice(self.wiki)
+        length = rng.randint(24, MAX_CHUNK)
+        begin = rng.randrange(max(1, len(article) - length))
+        return article[begin : begin + length]
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def layout(self, rng: random.Random) -> tuple[list[int], str]:
+        return rng.choices([x for x, _ in self.layouts], [w for _, w in self.layouts])[0]
+
+    def reconstruction(self, ids: list[int], autoencode_id: int) -> Branch:
+        return Branch([autoencode_id, *ids, self.eos], 1, "reconstruct")
+
+    def random_row(self, rng: random.Random, factor: float, autoencode_id: int) -> Row:
+        """Random tokens: nothing but the slots can tell what they were."""
+        ids = [rng.randrange(len(SPECIALS), self.tokenizer.get_vocab_size()) for _ in range(rng.randint(8, 64))]
+        return Row([], [(ids, factor)], [self.reconstruction(ids, autoencode_id)], source="random")
+
+    def single_row(self, rng: random.Random, source: str, factor: float | None, autoencode_id: int) -> Row:
+        """One document: questions, and with slots its reconstruction."""
+        prefix, middle = self.layout(rng)
+        row = Row(prefix, [], source=source, language_model=0.0 if factor else (0.1 if source == "fictional" else 1.0))
+        if source == "fictional":
+            ids, document = self.fictional(rng)
+            row.branches = self.fictional_branches(rng, document, 6, middle)
+        elif source == "squad":
+            passage = self.squad[rng.choice(self.answerable)]
+            ids, pairs = self.squad_window(rng, passage)
+            row.branches = self.squad_branches(rng, pairs, 4, middle)
+            if rng.random() < 0.3:
+                row.branches.append(self.unrelated_question(rng, passage.article, middle))
+        else:
+            ids = self.wiki_window(rng)
+        row.parts = [(ids, factor)]
+        if factor:
+            row.branches.append(self.reconstruction(ids, autoencode_id))
+        return row
+
+    def squad_branches(self, rng: random.Random, pairs: list[tuple[list[int], list[int]]], count: int,
+                       middle: str) -> list[Branch]:
+        chosen = rng.sample(pairs, min(count, len(pairs)))
+        before, after = (self.ids(x) for x in middle.split("{q}"))
+        return [self.question([*before, *q, *after], a) for q, a in chosen]
+
+    def unrelated_question(self, rng: random.Random, article: int, middle: str) -> Branch:
+        other = rng.choice(self.answerable)
+        while self.squad[other].article == article:
+            other = rng.choice(self.answerable)
+        before, after = (self.ids(x) for x in middle.split("{q}"))
+        return self.question([*before, *rng.choice(self.squad[other].questions)[0], *after], self.not_stated)
+
+    def several_row(self, rng: random.Random, source: str, factors: list[float | None]) -> Row:
+        """Several documents in any order, each as text or as slots; questions about one or two of them."""
+        prefix, middle = self.layout(rng)
+        row = Row(prefix, [], source=source + "-several")
+        if source == "fictional":
+            documents = []
+            same_kind = rng.random() < 0.5
+            for _ in factors:
+                kind = documents[0][1].kind if same_kind and documents else None
+                documents.append(self.fictional(rng, kind))
+            contents = [d[0] for d in documents]
+            for _, document in rng.sample(documents, min(2, len(documents))):
+                row.branches += self.fictional_branches(rng, document, 2, middle)
+        else:
+            target = rng.choice(self.answerable)
+            ids, pairs = self.squad_window(rng, self.squad[target])
+            contents = [ids]
+            siblings = self.by_article[self.squad[target].article]
+            while len(contents) < len(factors):
+                other = self.squad[rng.choice(siblings) if rng.random() < 0.5 else rng.randrange(len(self.squad))]
+                if other is not self.squad[target] or len(siblings) == 1:
+                    begin = rng.choice(other.sentences)
+                    contents.append(other.ids[begin : begin + rng.randint(40, MAX_CHUNK)])
+            row.branches = self.squad_branches(rng, pairs, 4, middle)
+        rng.shuffle(contents)
+        row.parts = list(zip(contents, factors, strict=True))
+        return row

@@ -1,0 +1,124 @@
+"""A Llama written for fast training on a CPU, with the ICAE encoder folded into the same weights.
+
+The arithmetic equals `transformers.LlamaForCausalLM` (a test compares the logits); what differs is that
+projections are fused, the LoRA of the encoder is merged before the matrix product (differentiably, so
+that its cost does not grow with the number of tokens), and logits are computed only where there is a label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the decoder and of its compressor."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    num_layers: int = 5
+    num_heads: int = 4
+    intermediate_size: int = 704
+    max_positions: int = 2048
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    lora_rank: int = 32
+    lora_alpha: int = 64
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Block(nn.Module):
+    """One decoder layer: weights are kept apart (one optimizer matrix each) and fused on the fly."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        d, f = shape.hidden_size, shape.intermediate_size
+        sizes = dict.fromkeys(PROJECTIONS[:4], (d, d))
+        sizes |= {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+        self.weight = nn.ParameterDict({n: nn.Parameter(torch.randn(s) * 0.02) for n, s in sizes.items()})
+        nn.init.zeros_(self.weight["o_proj"])  # residual branches start at zero: stable at a high learning rate
+        nn.init.zeros_(self.weight["down_proj"])
+        r = shape.lora_rank
+        self.lora_a = nn.ParameterDict({n: nn.Parameter(torch.randn(r, s[1]) * s[1] ** -0.5) for n, s in sizes.items()})
+        self.lora_b = nn.ParameterDict({n: nn.Parameter(torch.zeros(s[0], r)) for n, s in sizes.items()})
+        self.input_norm = nn.Parameter(torch.ones(d))
+        self.post_norm = nn.Parameter(torch.ones(d))
+
+    def matrices(self, encoder: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Fused (qkv, o, gate-up, down); with `encoder`, LoRA merged in."""
+        w = dict(self.weight.items())
+        if encoder:
+            scale = self.shape.lora_alpha / self.shape.lora_rank
+            w = {n: torch.addmm(w[n], self.lora_b[n], self.lora_a[n], alpha=scale) for n in PROJECTIONS}
+        qkv = torch.cat([w["q_proj"], w["k_proj"], w["v_proj"]])
+        return qkv, w["o_proj"], torch.cat([w["gate_proj"], w["up_proj"]]), w["down_proj"]
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, encoder: bool) -> Tensor:
+        s = self.shape
+        qkv_w, o_w, gate_up_w, down_w = self.matrices(encoder)
+        b, t, d = x.shape
+        h = F.rms_norm(x, (d,), self.input_norm, s.rms_norm_eps)
+        qkv = F.linear(h, qkv_w).view(b, t, 3, s.num_heads, s.head_dim)
+        qk = qkv[:, :, :2]
+        half = s.head_dim // 2
+        rotated = torch.cat([-qk[..., half:], qk[..., :half]], dim=-1)
+        qk = qk * cos + rotated * sin
+        q, k, v = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        x = x + F.linear(a.transpose(1, 2).reshape(b, t, d), o_w)
+        h = F.rms_norm(x, (d,), self.post_norm, s.rms_norm_eps)
+        gate, up = F.linear(h, gate_up_w).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, down_w)
+
+
+class Model(nn.Module):
+    """Decoder + ICAE compressor in one set of weights; `encode` uses LoRA, `decode` does not."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        d = shape.hidden_size
+        self.embed = nn.Parameter(torch.randn(shape.vocab_size, d) * 0.02)
+        self.special = nn.Parameter(torch.randn(2, d) * 0.02)  # rows: memory token, [AE]
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
+        self.final_norm = nn.Parameter(torch.ones(d))
+        inv = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
+        angle = torch.outer(torch.arange(shape.max_positions).float(), inv).repeat(1, 2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def run(self, x: Tensor, positions: Tensor, mask: Tensor | None, encoder: bool) -> Tensor:
+        cos = self.cos[positions][:, :, None, None, :]
+        sin = self.sin[positions][:, :, None, None, :]
+        for block in self.blocks:
+            x = block(x, cos, sin, mask, encoder)
+        return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.shape.rms_norm_eps)
+
+    def encode(self, ids: Tensor, positions: Tensor, slot_rows: Tensor, slot_columns: Tensor) -> Tensor:
+        """Slots (num_slots_in_batch, hidden): `ids` uses vocab_size for the memory token, rows right-padded."""
+        table = torch.cat([self.embed, self.special[:1]])
+        hidden = self.run(F.embedding(ids, table), positions, None, encoder=True)
+        return hidden[slot_rows, slot_columns]
+
+    def decode(self, ids: Tensor, slots: Tensor, is_slot: Tensor, slot_index: Tensor,
+               positions: Tensor, mask: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
+        """Logits (num_labels, vocab) at `where`; id vocab_size + 1 is [AE]; slots enter where `is_slot`."""
+        x = F.embedding(ids, torch.cat([self.embed, self.special]))
+        if slots.shape[0]:
+            x = torch.where(is_slot[..., None], slots[slot_index], x)
+        hidden = self.run(x, positions, mask, encoder=False)[where]
+        return F.linear(hidden, self.embed)
+
+    def compressor_parameters(self) -> list[nn.Parameter]:
+        return [p for n, p in self.named_parameters() if "lora_" in n or n == "special"]

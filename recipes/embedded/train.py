@@ -1,0 +1,414 @@
+"""Train the embedded decoder and its ICAE compressor from scratch. Resumable: run the same command again.
+
+Stages: `text` (language model + questions) -> `joint` (the same weights also read slots) -> `compressor`
+(decoder frozen, LoRA + memory token + [AE] go on). Each ends with a linear decay of the learning rate where
+the stage says so; checkpoints carry weights, optimizer state and the step, and data depend on (seed, step) only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from data import MAX_CHUNK, SPECIALS, Corpus, Row, read_lines, read_squad
+from model import Model, Shape
+from muon import Muon
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from ctxcomp_rag.evaluation.fictional import generate_document
+
+STAGES = ("text", "joint", "compressor")
+
+
+@dataclass
+class Schedule:
+    """Steps of each stage and where its learning rate starts to fall (share of the stage)."""
+
+    text: int = 700
+    joint: int = 2900
+    compressor: int = 500
+    decay_from: float = 0.5
+    muon_lr: float = 2e-3
+    adam_lr: float = 3e-3
+    warmup: int = 60
+    max_factor: float = 16.0
+
+    def learning_rate(self, stage: str, step: int) -> float:
+        total = getattr(self, stage)
+        share = step / total
+        scale = min(1.0, (step + 1) / self.warmup)
+        if stage != "text" and share > self.decay_from:
+            scale *= 1 - 0.97 * (share - self.decay_from) / (1 - self.decay_from)
+        return scale
+
+
+def train_tokenizer(data: Path, vocab_size: int) -> Tokenizer:
+    """Byte-level BPE, digits apart, trained on all three sources."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    rng = random.Random(0)
+    texts = [generate_document(rng, "train").text for _ in range(6000)]
+    texts += [p["context"] for a in read_squad(data / "squad-train-v1.1.json.xz") for p in a["paragraphs"]][::6]
+    texts += [q["question"] for a in read_squad(data / "squad-train-v1.1.json.xz")
+              for p in a["paragraphs"] for q in p["qas"]][::20]
+    texts += [r["text"][:4000] for r in read_lines(data / "wiki-00.jsonl.xz")[:700]]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(SPECIALS), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer
+
+
+def num_slots(length: int, factor: float) -> int:
+    return max(1, math.ceil(length / factor))
+
+
+def slot_places(length: int, slots: int) -> list[int]:
+    """Slot j sits on the last token of the j-th of `slots` equal pieces of the text."""
+    return [max(1, (j + 1) * length // slots) - 1 for j in range(slots)]
+
+
+def padded(rows: list[list[int]], value: int = 0) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([r + [value] * (width - len(r)) for r in rows])
+
+
+def encode_spans(model: Model, spans: list[tuple[list[int], float]], budget: int = 4096) -> tuple[Tensor, list[int]]:
+    """Slots of all spans, in order, and where each span begins; length-bucketed."""
+    order = sorted(range(len(spans)), key=lambda i: len(spans[i][0]) + num_slots(*_lf(spans[i])))
+    counts = [num_slots(len(ids), f) for ids, f in spans]
+    pieces: dict[int, Tensor] = {}
+    batch: list[int] = []
+
+    def flush() -> None:
+        ids = padded([spans[i][0] + [model.shape.vocab_size] * counts[i] for i in batch])
+        places = padded([list(range(len(spans[i][0]))) + slot_places(len(spans[i][0]), counts[i]) for i in batch])
+        rows = torch.tensor([r for r, i in enumerate(batch) for _ in range(counts[i])])
+        columns = torch.tensor([len(spans[i][0]) + j for i in batch for j in range(counts[i])])
+        slots = model.encode(ids, places, rows, columns)
+        pieces.update(zip(batch, slots.split([counts[i] for i in batch]), strict=True))
+        batch.clear()
+
+    for i in order:
+        if batch and (len(batch) + 1) * (len(spans[i][0]) + counts[i]) > budget:
+            flush()
+        batch.append(i)
+    if batch:
+        flush()
+    starts = [0]
+    for c in counts:
+        starts.append(starts[-1] + c)
+    return torch.cat([pieces[i] for i in range(len(spans))]), starts
+
+
+def _lf(span: tuple[list[int], float]) -> tuple[int, float]:
+    return len(span[0]), span[1]
+
+
+@dataclass
+class Flat:
+    """One row laid out for the decoder."""
+
+    ids: list[int]
+    places: list[int]
+    branch: list[int]
+    slot: list[int]  # index into the slot table, -1 for text
+    targets: list[tuple[int, int, str, int]]  # (column, label, loss kind, branch)
+    source: str
+
+
+def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat:
+    flat = Flat([], [], [], [], [], row.source)
+    place = 0
+    text_columns: list[tuple[int, int]] = []
+
+    def add_text(ids: list[int], labelled: bool = False) -> None:
+        nonlocal place
+        for i, token in enumerate(ids):
+            if labelled and i:
+                text_columns.append((len(flat.ids) - 1, token))
+            flat.ids.append(token)
+            flat.places.append(place)
+            flat.branch.append(0)
+            flat.slot.append(-1)
+            place += 1
+
+    add_text(row.prefix)
+    for k, (ids, factor) in enumerate(row.parts):
+        if k:
+            add_text(separator)
+        if factor is None:
+            add_text(ids, labelled=row.language_model > 0)
+            continue
+        count = num_slots(len(ids), factor)
+        for j, p in enumerate(slot_places(len(ids), count)):
+            flat.ids.append(0)
+            flat.places.append(place + p)
+            flat.branch.append(0)
+            flat.slot.append(span_starts[k] + j)
+        place += len(ids)
+    kind = "lm-home" if row.source.startswith("fictional") else "lm"
+    flat.targets += [(c, t, kind, 0) for c, t in text_columns]
+    for number, branch in enumerate(row.branches, 1):
+        base = len(flat.ids)
+        flat.ids += branch.ids
+        flat.places += range(place, place + len(branch.ids))
+        flat.branch += [number] * len(branch.ids)
+        flat.slot += [-1] * len(branch.ids)
+        for i in range(1, len(branch.ids)):
+            loss = branch.kind if i >= branch.answer_start else "question"
+            if loss == "answer" and row.source.startswith("fictional"):
+                loss = "answer-home"
+            flat.targets.append((base + i - 1, branch.ids[i], loss, number))
+    return flat
+
+
+WEIGHTS = {"answer-home": 1.0, "answer": 0.6, "reconstruct": 1.0, "question": 0.05, "lm": 0.3, "lm-home": 0.05}
+
+
+@dataclass
+class Outcome:
+    """Sums of the loss by kind, counts, and per answer branch whether every token was right."""
+
+    loss: Tensor
+    sums: dict[str, float]
+    counts: dict[str, int]
+    exact: list[tuple[str, str, bool]]
+
+
+def forward(model: Model, rows: list[Row], separator: list[int], budget: int = 4096) -> Outcome:
+    spans = [(ids, f) for row in rows for ids, f in row.parts if f is not None]
+    slots, starts = encode_spans(model, spans) if spans else (torch.zeros(0, model.shape.hidden_size), [0])
+    flats, at = [], 0
+    for row in rows:
+        mine = {}
+        for k, (_, f) in enumerate(row.parts):
+            if f is not None:
+                mine[k] = starts[at]
+                at += 1
+        flats.append(lay_out(row, separator, mine))
+    kinds = sorted(WEIGHTS)
+    totals = {k: sum(t[2] == k for f in flats for t in f.targets) for k in kinds}
+    loss = torch.zeros(())
+    sums = dict.fromkeys(kinds, 0.0)
+    exact: list[tuple[str, str, bool]] = []
+    flats.sort(key=lambda f: len(f.ids))
+    while flats:
+        width = len(flats[-1].ids)
+        take = max(1, budget // width)
+        batch, flats = flats[-take:], flats[:-take]
+        ids, places = padded([f.ids for f in batch]), padded([f.places for f in batch])
+        branch, slot = padded([f.branch for f in batch], -1), padded([f.slot for f in batch], -1)
+        see = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+        see &= torch.ones(width, width, dtype=torch.bool).tril()
+        bias = torch.zeros(see.shape).masked_fill_(~see, -1e9)  # a float mask is converted once, not once a layer
+        row_of = torch.tensor([r for r, f in enumerate(batch) for _ in f.targets])
+        column = torch.tensor([t[0] for f in batch for t in f.targets])
+        labels = torch.tensor([t[1] for f in batch for t in f.targets])
+        kind_of = torch.tensor([kinds.index(t[2]) for f in batch for t in f.targets])
+        logits = model.decode(ids, slots, slot >= 0, slot.clamp(min=0), places, bias[:, None], (row_of, column))
+        each = F.cross_entropy(logits, labels, reduction="none")
+        weight = torch.tensor([WEIGHTS[k] / max(1, totals[k]) for k in kinds])[kind_of]
+        loss = loss + (each * weight).sum()
+        with torch.no_grad():
+            for i, k in enumerate(kinds):
+                sums[k] += float(each[kind_of == i].sum())
+            right = logits.argmax(-1) == labels
+            flags: dict[tuple[int, int], bool] = {}
+            for r, t, ok in zip(row_of.tolist(), [t for f in batch for t in f.targets], right.tolist(), strict=True):
+                if t[2].startswith(("answer", "reconstruct")):
+                    flags[(r, t[3])] = flags.get((r, t[3]), True) and ok
+            exact += [(batch[r].source, "", ok) for (r, _), ok in flags.items()]
+    return Outcome(loss, sums, totals, exact)
+
+
+def draw_factor(rng: random.Random, progress: float, limit: float) -> float:
+    """1x at first; the largest factor grows to 8x over the first 40 % and to the limit at 60 %."""
+    top = 8 ** min(1.0, progress / 0.4)
+    if progress > 0.4:
+        top = min(limit, 8 * 2 ** ((progress - 0.4) / 0.2))
+    return float(top ** rng.betavariate(2.0, 1.2)) if top > 1 else 1.0
+
+
+def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, scale: float, vocab: int,
+              max_factor: float) -> list[Row]:
+    ae = vocab + 1
+
+    def factor() -> float:
+        return draw_factor(rng, progress, max_factor)
+
+    def several(source: str, as_text: float) -> Row:
+        size = rng.choice((2, 3, 3, 4)) if source == "fictional" else rng.choice((2, 3))
+        shared = factor()
+        return corpus.several_row(rng, source, [None if rng.random() < as_text else shared for _ in range(size)])
+
+    def count(n: float) -> range:
+        return range(max(1, round(n * scale)))
+
+    if stage == "text":
+        rows = [corpus.single_row(rng, s, None, ae) for s, n in (("fictional", 8), ("squad", 2), ("wiki", 1))
+                for _ in count(n)]
+        return rows + [several("fictional", 1.0) for _ in count(1)]
+    frozen = stage == "compressor"
+    rows = [corpus.single_row(rng, s, factor(), ae) for s, n in (("fictional", 5), ("squad", 3), ("wiki", 1))
+            for _ in count(n)]
+    if stage == "joint":
+        rows += [corpus.single_row(rng, s, None, ae) for s, n in (("fictional", 2), ("squad", 3))
+                 for _ in count(n)]
+        if progress < 0.33:
+            rows += [corpus.random_row(rng, rng.uniform(1, 2), ae) for _ in count(2)]
+    if progress > 0.1 or frozen:
+        rows += [several("fictional", 0.3) for _ in count(2)]
+        if rng.random() < 0.5:
+            rows += [several("squad", 0.3) for _ in count(1)]
+    return rows
+
+
+def save(model: Model, optimizers: list[torch.optim.Optimizer], path: Path, state: dict[str, object]) -> None:
+    tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
+    for number, optimizer in enumerate(optimizers):
+        for key, entry in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{key}.{n}": torch.as_tensor(v) for n, v in entry.items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+    os.replace(temporary, path)
+
+
+def load(model: Model, optimizers: list[torch.optim.Optimizer] | None, path: Path) -> None:
+    tensors = load_file(path)
+    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    for number, optimizer in enumerate(optimizers or []):
+        packed = optimizer.state_dict()
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, key, field_name = name.split(".")
+                entries.setdefault(int(key), {})[field_name] = value
+        optimizer.load_state_dict({"state": entries, "param_groups": packed["param_groups"]})
+
+
+def make_optimizers(model: Model, stage: str, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    trained = model.compressor_parameters() if stage == "compressor" else list(model.parameters())
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in trained:
+        p.requires_grad_(True)
+    matrices = {id(p) for b in model.blocks for d in (b.weight, b.lora_a, b.lora_b) for p in d.values()}
+    return [Muon([p for p in trained if id(p) in matrices], lr=schedule.muon_lr),
+            torch.optim.AdamW([p for p in trained if id(p) not in matrices], lr=schedule.adam_lr, betas=(0.9, 0.95),
+                              weight_decay=0.0)]
+
+
+@torch.no_grad()
+def evaluate(model: Model, corpus: Corpus, vocab: int, seed: int = 7) -> dict[str, float]:
+    """Exact match of teacher-forced greedy answers (equal to greedy decoding) and reconstruction loss by factor."""
+    result: dict[str, float] = {}
+    for source in ("fictional", "squad"):
+        for factor in (None, 1.0, 2.0, 4.0, 8.0, 16.0):
+            rng = random.Random(seed)
+            rows = [corpus.single_row(rng, source, factor, vocab + 1) for _ in range(24)]
+            out = forward(model, rows, corpus.separator)
+            name = f"{source}.{'text' if factor is None else f'{factor:g}x'}"
+            result[name + ".answer"] = round((out.sums["answer"] + out.sums["answer-home"])
+                                            / max(1, out.counts["answer"] + out.counts["answer-home"]), 4)
+            answers = [Row(r.prefix, r.parts, [b for b in r.branches if b.kind == "answer"], source=source)
+                       for r in rows]
+            got = forward(model, answers, corpus.separator).exact
+            result[name + ".em"] = round(100 * sum(e[2] for e in got) / max(1, len(got)), 1)
+            if factor:
+                result[name + ".rec"] = round(out.sums["reconstruct"] / max(1, out.counts["reconstruct"]), 4)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with squad-*.json.xz and wiki-*.jsonl.xz")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer, checkpoints and log")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="rows per step, relative to the default")
+    parser.add_argument("--wiki-files", type=int, default=1)
+    for name, value in asdict(Schedule()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument("--evaluate-every", type=int, default=250)
+    parser.add_argument("--save-every", type=int, default=50)
+    args = parser.parse_args()
+    schedule = Schedule(**{name: getattr(args, name) for name in asdict(Schedule())})
+    args.out.mkdir(parents=True, exist_ok=True)
+    shape = Shape()
+    tokenizer_path = args.out / "tokenizer.json"
+    if not tokenizer_path.exists():
+        train_tokenizer(args.data, shape.vocab_size).save(str(tokenizer_path))
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    corpus = Corpus(tokenizer, args.data, args.wiki_files)
+    held_out = Corpus(tokenizer, args.data, 0, squad="dev")
+    torch.manual_seed(args.seed)
+    model = Model(shape)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{sum(p.numel() for p in model.compressor_parameters()):,} of them in the compressor", flush=True)
+    checkpoint = args.out / "checkpoint.safetensors"
+    start_stage, start_step = STAGES[0], 0
+    optimizers = None
+    if checkpoint.exists():
+        from safetensors import safe_open
+
+        with safe_open(checkpoint, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+        start_stage, start_step = state["stage"], state["step"]
+        optimizers = make_optimizers(model, start_stage, schedule)
+        load(model, optimizers, checkpoint)
+    for stage in STAGES[STAGES.index(start_stage):]:
+        if stage != start_stage or optimizers is None:
+            optimizers = make_optimizers(model, stage, schedule)
+        total = getattr(schedule, stage)
+        began, recent = time.time(), []
+        for step in range(start_step if stage == start_stage else 0, total):
+            rng = random.Random(f"{args.seed}/{stage}/{step}")
+            rows = step_rows(corpus, stage, rng, step / total if stage == "joint" else 1.0, args.scale,
+                             shape.vocab_size, schedule.max_factor)
+            scale = schedule.learning_rate(stage, step)
+            for optimizer, rate in zip(optimizers, (schedule.muon_lr, schedule.adam_lr), strict=True):
+                optimizer.param_groups[0]["lr"] = rate * scale
+            out = forward(model, rows, corpus.separator)
+            out.loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            recent.append({k: out.sums[k] / out.counts[k] for k in out.sums if out.counts[k]})
+            if (step + 1) % 10 == 0:
+                mean = {k: round(sum(r.get(k, 0) for r in recent) / max(1, sum(k in r for r in recent)), 3)
+                        for k in WEIGHTS}
+                line = {"stage": stage, "step": step + 1, "rows": len(rows), "s": round((time.time() - began) / len(recent), 2), **mean}
+                print(json.dumps(line), flush=True)
+                with (args.out / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(line) + "\n")
+                began, recent = time.time(), []
+            if (step + 1) % args.evaluate_every == 0 or step + 1 == total:
+                line = {"stage": stage, "step": step + 1, "evaluation": evaluate(model, held_out, shape.vocab_size)}
+                print(json.dumps(line), flush=True)
+                with (args.out / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(line) + "\n")
+                began = time.time()
+            if (step + 1) % args.save_every == 0 or step + 1 == total:
+                done = step + 1 == total
+                following = STAGES[min(STAGES.index(stage) + 1, 2)]
+                where = {"stage": following, "step": 0} if done and stage != "compressor" else {
+                    "stage": stage, "step": step + 1}
+                if done:
+                    save(model, [], args.out / f"after-{stage}.safetensors", where)
+                save(model, [] if done and stage != "compressor" else optimizers, checkpoint, where)
+
+
+if __name__ == "__main__":
+    main()
