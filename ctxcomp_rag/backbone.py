@@ -17,15 +17,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from ctxcomp_rag.errors import ModelLoadError
-from ctxcomp_rag.rope import RotaryPositions, rope_fingerprint
+from ctxcomp_rag.errors import ModelLoadError, UnsupportedModelError
+from ctxcomp_rag.rope import RotaryPositions, rope_fingerprint, rotate_keys
 from ctxcomp_rag.spans import DecoderFingerprint
 from ctxcomp_rag.tokenization import TextTokenizer
 
 EMBEDDED_MODEL = "embedded"
 """Name of the decoder that comes with the package (trained from scratch by us; see the README)."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 class Backbone:
@@ -78,7 +87,33 @@ class Backbone:
     @cached_property
     def rope(self) -> RotaryPositions:
         """Rotary frequencies; raises UnsupportedModelError where cached keys cannot be moved, with the reason."""
-        return RotaryPositions.from_config(self.config)
+        rope = RotaryPositions.from_config(self.config)
+        error = self._rotation_error(rope)
+        # correct rotation: 1e-6 in float32, 1e-2 in bfloat16; a wrong one is off by 0.2 and more
+        if not error < 0.05:
+            raise UnsupportedModelError(
+                f"keys of {self.config.model_type!r} cannot be moved to new positions: rotated by the frequencies of "
+                f"its configuration they miss the model's own keys by {error:.0%}, so it lays its rotary embedding out "
+                f"in another way or leaves it out in some layers. Use soft spans (ICAE, PCC) with this decoder."
+            )
+        return rope
+
+    def _rotation_error(self, rope: RotaryPositions, *, offset: int = 7) -> float:
+        """Largest relative error, over the layers, of keys moved by `offset` against the model's own keys there.
+
+        A configuration does not say everything (neighbouring pairs instead of halves, layers without positions), and
+        keys that are moved wrongly give fluent nonsense; so the model is asked once.
+        """
+        ids = torch.arange(8, device=self.device)[None] % int(self.config.vocab_size)
+        keys: list[list[Tensor]] = []
+        for start in (0, offset):
+            cache = DynamicCache(config=self.model.config)
+            with torch.no_grad():
+                self.model(input_ids=ids, position_ids=torch.arange(8, device=self.device)[None] + start,
+                           attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            keys.append([layer.keys.float() for layer in cache.layers])
+        return max(((rotate_keys(here, offset, rope) - there).norm() / there.norm()).item()
+                   for here, there in zip(*keys, strict=True))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows (..., hidden_size) as `inputs_embeds` expects them, scaled where the architecture scales (Gemma)."""
@@ -154,8 +189,7 @@ def load_frozen(model: str | Path = EMBEDDED_MODEL, *, revision: str | None = No
 
 
 def _load_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    if Path(source).is_dir() and not any((Path(source) / n).exists() for n in ("tokenizer.json", "tokenizer_config.json",
-                                                                              "tokenizer.model", "vocab.json")):
+    if Path(source).is_dir() and not any((Path(source) / n).exists() for n in _TOKENIZER_FILES):
         return None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)

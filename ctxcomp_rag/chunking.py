@@ -60,7 +60,8 @@ class Chunk:
         return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def split_document(document: Document, encoder: TextEncoder, *, max_tokens: int, overlap_tokens: int = 0) -> list[Chunk]:
+def split_document(document: Document, encoder: TextEncoder, *, max_tokens: int,
+                   overlap_tokens: int = 0) -> list[Chunk]:
     """Split a document into chunks of at most `max_tokens` tokens, ending at paragraphs or sentences where possible.
 
     With `overlap_tokens=0` the chunks' ranges partition the text: their texts joined are the document.

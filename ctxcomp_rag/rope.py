@@ -44,12 +44,7 @@ class RotaryPositions:
         Raises:
             UnsupportedModelError: cached keys of this architecture cannot be moved; the message says why.
         """
-        reason = _why_not(config)
-        if reason:
-            raise UnsupportedModelError(
-                f"keys of {config.model_type!r} cannot be moved to new positions: {reason}. "
-                f"Use soft spans (ICAE, PCC) with this decoder."
-            )
+        _refuse(config, _why_no_full_cache(config) or _why_not_movable(config))
         parameters = rope_parameters(config)
         kind = parameters.get("rope_type", "default")
         if kind == "default":
@@ -73,16 +68,33 @@ def rope_fingerprint(config: PretrainedConfig) -> str:
     return json.dumps(parameters, sort_keys=True, default=str) if parameters else ""
 
 
-def _why_not(config: PretrainedConfig) -> str:
-    parameters = rope_parameters(config)
+def require_full_attention(config: PretrainedConfig) -> None:
+    """Raises UnsupportedModelError, with the reason, where some layer does not keep all keys."""
+    _refuse(config, _why_no_full_cache(config))
+
+
+def _refuse(config: PretrainedConfig, reason: str) -> None:
+    if reason:
+        raise UnsupportedModelError(
+            f"keys of {config.model_type!r} cannot be moved to new positions: {reason}. "
+            f"Use soft spans (ICAE, PCC) with this decoder."
+        )
+
+
+def _why_no_full_cache(config: PretrainedConfig) -> str:
     layer_types = set(getattr(config, "layer_types", None) or ())
     sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     if any("linear" in t or "mamba" in t or "recurrent" in t for t in layer_types):
         return f"it has linear-attention layers ({sorted(layer_types)}), which keep a state and no keys"
     if any("sliding" in t or "chunked" in t for t in layer_types) or (sliding and not layer_types):
         return f"it has sliding-window layers (window {getattr(config, 'sliding_window', None)}), which drop old keys"
-    if not parameters:
-        return "it has no rotary embedding (learned or no positions)"
+    return ""
+
+
+def _why_not_movable(config: PretrainedConfig) -> str:
+    parameters = rope_parameters(config)
+    if not parameters or getattr(config, "alibi", False):
+        return "it has no rotary embedding (learned positions, ALiBi or none)"
     if any(isinstance(v, dict) for v in parameters.values()):
         return "its layers use different rotary embeddings"
     kind = parameters.get("rope_type", "default")

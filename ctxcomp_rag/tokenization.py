@@ -16,9 +16,10 @@ from ctxcomp_rag.errors import UnsupportedModelError
 
 
 class TextTokenizer:
-    """A Hugging Face fast tokenizer, split into `encode` (untrusted text) and `encode_template` (control tokens allowed).
+    """A Hugging Face fast tokenizer, split into two.
 
-    Neither adds BOS or EOS: templates spell them out.
+    `encode` takes untrusted text; `encode_template` allows control tokens. Neither adds BOS or EOS: templates spell
+    them out.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

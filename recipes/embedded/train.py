@@ -174,7 +174,7 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
     return flat
 
 
-WEIGHTS = {"answer-home": 1.0, "answer": 0.6, "reconstruct": 1.0, "question": 0.05, "lm": 0.3, "lm-home": 0.05}
+WEIGHTS = {"answer-home": 1.0, "answer": 0.6, "reconstruct": 1.0, "question": 0.1, "lm": 0.3, "lm-home": 0.3}
 
 
 @dataclass
@@ -257,14 +257,14 @@ def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, s
         return range(max(1, round(n * scale)))
 
     if stage == "text":
-        rows = [corpus.single_row(rng, s, None, ae) for s, n in (("fictional", 8), ("squad", 2), ("wiki", 1))
+        rows = [corpus.single_row(rng, s, None, ae) for s, n in (("fictional", 10),)
                 for _ in count(n)]
         return rows + [several("fictional", 1.0) for _ in count(1)]
     frozen = stage == "compressor"
-    rows = [corpus.single_row(rng, s, factor(), ae) for s, n in (("fictional", 5), ("squad", 3), ("wiki", 1))
+    rows = [corpus.single_row(rng, s, factor(), ae) for s, n in (("fictional", 6), ("squad", 1), ("wiki", 1))
             for _ in count(n)]
     if stage == "joint":
-        rows += [corpus.single_row(rng, s, None, ae) for s, n in (("fictional", 2), ("squad", 3))
+        rows += [corpus.single_row(rng, s, None, ae) for s, n in (("fictional", 2), ("squad", 1))
                  for _ in count(n)]
         if progress < 0.33:
             rows += [corpus.random_row(rng, rng.uniform(1, 2), ae) for _ in count(2)]

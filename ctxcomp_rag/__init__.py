@@ -1,0 +1,82 @@
+"""ctxcomp-rag: compress documents once into memory spans, splice the spans into a frozen decoder.
+
+Names are imported on first use, so that `ctxcomp --help` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctxcomp_rag.backbone import Backbone, load_frozen
+    from ctxcomp_rag.chunking import Chunk, Document, split_document
+    from ctxcomp_rag.compressors import Compressor, load_compressor
+    from ctxcomp_rag.decoding import (
+        FrozenDecoder,
+        Generation,
+        GenerationSettings,
+        Message,
+        Part,
+        Text,
+        render_chat,
+        splice,
+    )
+    from ctxcomp_rag.errors import CtxcompError
+    from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
+    from ctxcomp_rag.pipeline import Answer, CompressedRAG
+    from ctxcomp_rag.readers import read_documents
+    from ctxcomp_rag.retrieval import load_retrieval_encoder
+    from ctxcomp_rag.rope import rotate_keys
+    from ctxcomp_rag.spans import KVSpan, MemorySpan, SoftSpan, SpanSpec
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "backbone": ("Backbone", "load_frozen"),
+    "chunking": ("Chunk", "Document", "split_document"),
+    "compressors": ("Compressor", "load_compressor"),
+    "decoding": ("FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "Text", "render_chat", "splice"),
+    "errors": ("CtxcompError",),
+    "index": ("MemoryIndex", "RetrievedSpan"),
+    "pipeline": ("Answer", "CompressedRAG"),
+    "readers": ("read_documents",),
+    "retrieval": ("load_retrieval_encoder",),
+    "rope": ("rotate_keys",),
+    "spans": ("KVSpan", "MemorySpan", "SoftSpan", "SpanSpec"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Answer",
+    "Backbone",
+    "Chunk",
+    "CompressedRAG",
+    "Compressor",
+    "CtxcompError",
+    "Document",
+    "FrozenDecoder",
+    "Generation",
+    "GenerationSettings",
+    "KVSpan",
+    "MemoryIndex",
+    "MemorySpan",
+    "Message",
+    "Part",
+    "RetrievedSpan",
+    "SoftSpan",
+    "SpanSpec",
+    "Text",
+    "load_compressor",
+    "load_frozen",
+    "load_retrieval_encoder",
+    "read_documents",
+    "render_chat",
+    "rotate_keys",
+    "splice",
+    "split_document",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

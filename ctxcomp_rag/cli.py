@@ -1,0 +1,269 @@
+"""The `ctxcomp` command: typed functions whose docstrings are the help.
+
+Exit codes: 0 done; 1 failed; 2 wrong input or usage; 3 damaged index; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from ctxcomp_rag.errors import CtxcompError, IndexDamagedError
+
+app = typer.Typer(name="ctxcomp", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Compress documents once into memory spans; answer questions from the spliced spans.")
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_out = Console(highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+IndexDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the index.")]
+Model = Annotated[str, typer.Option(help="Decoder: 'embedded', a folder, or a Hugging Face hub id.")]
+
+
+class OnError(StrEnum):
+    """What to do with a file that cannot be read."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class AnswerMode(StrEnum):
+    """What stands for the retrieved chunks in the prompt."""
+
+    spans = "spans"
+    text = "text"
+    truncated = "truncated"
+    none = "none"
+
+
+@app.command()
+def precompress(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, or '-' for standard input: "
+                                               "txt, md, html, jsonl, csv, parquet, pdf.")],
+    out: Annotated[Path, typer.Option(help="Folder of the index; an index made by the same compressor is added to.")],
+    compressor: Annotated[str, typer.Option(help="Method name, or folder of a saved compressor.")] = "icae",
+    factor: Annotated[float | None, typer.Option(help="Source tokens per slot [default: the compressor's, 4].")] = None,
+    model: Model = "embedded",
+    chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk [default: the compressor's].")] = None,
+    overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,
+    text_column: Annotated[str, typer.Option(help="Column or field of the text in jsonl, csv, parquet.")] = "text",
+    id_column: Annotated[str | None, typer.Option(help="Column of the document id [default: file#row].")] = None,
+    metadata_column: Annotated[list[str] | None, typer.Option(help="Column kept as metadata; may be repeated.")] = None,
+    on_error: Annotated[OnError, typer.Option(help="A file that cannot be read: stop, or skip and report it.")] = OnError.stop,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and chunk, report sizes, write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress documents into an index. Run it again to resume: what is committed is not done twice."""
+    from ctxcomp_rag.readers import read_documents
+
+    failures: dict[str, str] = {}
+    documents = list(read_documents(paths, text_column=text_column, id_column=id_column,
+                                    metadata_columns=metadata_column or (), on_error=on_error.value,
+                                    on_skip=lambda name, error: failures.update({name: str(error)})))
+    if dry_run:
+        result = _estimate(documents, model, compressor, factor, chunk_tokens, overlap_tokens, on_error.value, failures)
+    else:
+        from ctxcomp_rag.pipeline import CompressedRAG
+
+        with CompressedRAG.create(out, model=model, compressor=compressor) as rag, \
+                tqdm(total=len(documents), unit="doc", desc="precompress", file=sys.stderr, disable=None) as bar:
+            tokens = 0
+
+            def advance(done: int, source_tokens: int) -> None:
+                nonlocal tokens
+                tokens += source_tokens
+                bar.update(done)
+                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-3):,.0f} tokens/s")
+
+            report = rag.index(documents, factor=factor, overlap_tokens=overlap_tokens, max_chunk_tokens=chunk_tokens,
+                               on_error=on_error.value, progress=advance)
+            rag.memory.compact()
+            failures |= report.failures
+            result = {**report.__dict__, "failures": failures, "out": str(out), "bytes": rag.memory.stats()["bytes"]}
+    if as_json:
+        _print_json(result)
+        return
+    for name, reason in failures.items():
+        _err.print(f"skipped {name}: {reason}", markup=False)
+    verb = "would compress" if dry_run else "compressed"
+    _out.print(f"{verb} {result['documents']} documents, {result['chunks']} chunks: {result['source_tokens']:,} tokens "
+               f"-> {result['slots']:,} slots, {result['bytes']:,} bytes" + ("" if dry_run else f" in {out}"))
+    if not dry_run:
+        _out.print(f"{result['added']} chunks added, {result['skipped']} were there already, "
+                   f"{result['removed']} outdated ones removed, {len(failures)} failures, {result['seconds']:.1f} s")
+
+
+def _estimate(documents: list[Any], model: str, compressor: str, factor: float | None, chunk_tokens: int | None,
+              overlap: int, on_error: str, failures: dict[str, str]) -> dict[str, Any]:
+    import math
+
+    from ctxcomp_rag.backbone import load_frozen
+    from ctxcomp_rag.chunking import split_document
+    from ctxcomp_rag.pipeline import load_trained_compressor
+
+    backbone = load_frozen(model)
+    maker = load_trained_compressor(compressor, backbone)
+    limit = min(chunk_tokens or maker.max_chunk_tokens, maker.max_chunk_tokens)
+    chunks = []
+    done = 0
+    for document in documents:
+        try:
+            chunks += split_document(document, backbone.tokenizer, max_tokens=limit, overlap_tokens=overlap)
+            done += 1
+        except CtxcompError as error:
+            if on_error == "stop":
+                raise
+            failures[document.id] = str(error)
+    slots = sum(math.ceil(c.num_tokens / (factor or maker.compression_factor)) for c in chunks)
+    return {"dry_run": True, "documents": done, "chunks": len(chunks), "failures": failures,
+            "source_tokens": sum(c.num_tokens for c in chunks), "slots": slots,
+            "bytes": slots * backbone.hidden_size * backbone.dtype.itemsize}
+
+
+@app.command()
+def ask(
+    index: IndexDir,
+    question: Annotated[str, typer.Argument(help="The question.")],
+    mode: Annotated[AnswerMode, typer.Option(help="Read the chunks' spans, their text, the text truncated to the "
+                                             "positions of the spans, or nothing.")] = AnswerMode.spans,
+    top_k: Annotated[int, typer.Option(help="Chunks to retrieve.")] = 3,
+    model: Annotated[str | None, typer.Option(help="Where the decoder is [default: the one the index names].")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Answer a question from an index."""
+    from ctxcomp_rag.decoding import GenerationSettings
+    from ctxcomp_rag.evaluation.timing import cache_bytes
+    from ctxcomp_rag.pipeline import CompressedRAG
+
+    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    with CompressedRAG.open(index, model=model) as rag:
+        began = time.perf_counter()
+        answer = rag.answer(question, mode=mode.value, top_k=top_k, settings=settings)
+        seconds = time.perf_counter() - began
+        usage = {**answer.usage.__dict__, "positions": answer.usage.positions,
+                 "completion_tokens": answer.completion_tokens, "seconds": round(seconds, 4),
+                 "cache_bytes": cache_bytes(rag.decoder, answer.usage.positions)}
+    sources = [{"id": s.chunk.id, "document_id": s.chunk.document_id, "start": s.chunk.start, "end": s.chunk.end,
+                "score": round(s.score, 6), "text": s.chunk.text, "metadata": dict(s.chunk.metadata)}
+               for s in answer.sources]
+    if as_json:
+        _print_json({"answer": answer.text, "sources": sources, "usage": usage, "finish_reason": answer.finish_reason})
+        return
+    _out.print(answer.text, markup=False)
+    for source in sources:
+        _err.print(f"  {source['score']:.3f}  {source['document_id']} [{source['start']}:{source['end']}]", markup=False)
+    _err.print(f"  {usage['text_tokens']} text tokens + {usage['slots']} slots (for {usage['source_tokens']} source "
+               f"tokens), {usage['completion_tokens']} tokens generated, {seconds:.2f} s", markup=False)
+
+
+@app.command()
+def inspect(index: IndexDir, as_json: Json = False) -> None:
+    """Say what an index holds and who can read it."""
+    from ctxcomp_rag.index import MemoryIndex
+
+    with MemoryIndex.open(index, read_only=True) as memory:
+        spec = {**memory.spec.to_dict(), "fingerprint": memory.spec.fingerprint}
+        result = {**memory.stats(), "retrieval_encoder": memory.retrieval_encoder, "spec": spec}
+    if as_json:
+        _print_json(result)
+        return
+    for key, value in result.items():
+        if key != "spec":
+            _out.print(f"{key:18} {value:,}" if isinstance(value, int) else f"{key:18} {value}", markup=False)
+    _out.print(f"{'decoder':18} {memory.spec.decoder}\n{'compressor':18} {memory.spec.compressor} "
+               f"({memory.spec.kind} spans, {memory.spec.slot_positions} positions)", markup=False)
+
+
+@app.command()
+def verify(index: IndexDir, as_json: Json = False) -> None:
+    """Read every row of an index and check it. Exit code 0 clean, 3 damaged."""
+    from ctxcomp_rag.index import MemoryIndex
+
+    with MemoryIndex.open(index, read_only=True) as memory:
+        report = memory.verify()
+    damaged = [d.__dict__ for d in report.damaged]
+    if as_json:
+        _print_json({"ok": report.ok, "chunks": report.chunks, "damaged": damaged, "notes": list(report.notes)})
+    else:
+        for note in report.notes:
+            _out.print(f"note: {note}", markup=False)
+        for entry in report.damaged:
+            _out.print(f"damaged: chunk {entry.chunk_id} of {entry.document_id}: {entry.reason}", markup=False)
+        _out.print(f"{report.chunks} chunks, {len(damaged)} damaged" + ("" if report.ok else
+                   "; delete the damaged documents and precompress them again"))
+    if not report.ok:
+        raise typer.Exit(3)
+
+
+@app.command()
+def demo(seed: Annotated[int, typer.Option(help="Of the generated corpus: other seeds, other documents.")] = 1,
+         documents: Annotated[int, typer.Option(help="Documents to generate.")] = 100, as_json: Json = False) -> None:
+    """Compress generated documents, answer from spans and from text, and score every system. Offline."""
+    from ctxcomp_rag.demo import run_demo
+
+    result = run_demo(seed, documents=documents, say=lambda line: _err.print(f"... {line}", markup=False))
+    if as_json:
+        _print_json(result.to_json())
+        return
+    for example in result.examples:
+        _out.print(f"\n[bold]{example.question}[/bold]   (expected: {example.expected})")
+        table = Table("read from", "answer", "positions", "first token", "cache")
+        table.add_row("spans 4x", example.spans_answer, f"{example.spans_positions}",
+                      f"{1000 * example.spans_seconds:.1f} ms", f"{example.spans_cache_bytes / 1024:.0f} KiB")
+        table.add_row("raw text", example.text_answer, f"{example.text_positions}",
+                      f"{1000 * example.text_seconds:.1f} ms", f"{example.text_cache_bytes / 1024:.0f} KiB")
+        _out.print(table)
+    report = result.report
+    table = Table("exact match, %", *report.exact_match)
+    table.add_row("the right chunk", *(f"{v:g}" for v in report.exact_match.values()))
+    table.add_row(f"{report.top_k} retrieved chunks",
+                  *(f"{report.exact_match_retrieved[n]:g}" if n in report.exact_match_retrieved else "-"
+                    for n in report.exact_match))
+    _out.print(table)
+    _out.print(f"{report.questions} questions about {result.documents} generated documents with names never seen in "
+               f"training (seed {result.seed}); {result.seconds:.0f} s in all")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _guarded(run: Callable[[], Any]) -> NoReturn:
+    try:
+        run()
+    except IndexDamagedError as error:
+        _err.print(f"error: {error}", markup=False, style="red")
+        sys.exit(3)
+    except CtxcompError as error:
+        _err.print(f"error: {error}", markup=False, style="red")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _err.print("interrupted; what was committed is kept, run the same command again to go on")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def main() -> NoReturn:
+    """Entry point of the console script."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _guarded(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Reading spliced prompts with a frozen decoder."""
+
+from ctxcomp_rag.decoding.decoder import FrozenDecoder
+from ctxcomp_rag.decoding.generation import Generation, GenerationSettings
+from ctxcomp_rag.decoding.prompt import (
+    Delimiter,
+    Message,
+    Part,
+    Text,
+    TokenIds,
+    enclosed,
+    reconstruction_prompt,
+    render_chat,
+)
+from ctxcomp_rag.decoding.splice import PromptUsage, SplicedPrompt, splice
+
+__all__ = ["Delimiter", "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "PromptUsage",
+           "SplicedPrompt", "Text", "TokenIds", "enclosed", "reconstruction_prompt", "render_chat", "splice"]

@@ -1,0 +1,123 @@
+"""Prefill of one or several spliced prompts into one left-padded cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ctxcomp_rag.backbone import Backbone
+from ctxcomp_rag.decoding.splice import EmbeddedRun, SplicedPrompt
+
+
+@dataclass
+class DecodingState:
+    """Everything the next step needs; row i belongs to request i of the batch.
+
+    Attributes:
+        logits: (rows, vocab_size) of the next token.
+        cache: keys and values of all rows, left-padded to one length.
+        mask: (rows, cache length), 1 where a cache entry is real.
+        positions: (rows,) position of the next token.
+    """
+
+    logits: Tensor
+    cache: DynamicCache
+    mask: Tensor
+    positions: Tensor
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop the other rows."""
+        index = torch.tensor(rows, device=self.mask.device)
+        self.logits, self.mask, self.positions = self.logits[index], self.mask[index], self.positions[index]
+        self.cache.batch_select_indices(index)
+
+
+def prefill(prompts: Sequence[SplicedPrompt], backbone: Backbone) -> DecodingState:
+    """Run prompts through the decoder; logits are computed for the last row of each only."""
+    if all(len(p.runs) == 1 for p in prompts):
+        return _prefill_together(prompts, backbone)
+    states = [_prefill_alone(p, backbone) for p in prompts]
+    return states[0] if len(states) == 1 else _merge(states, backbone)
+
+
+def all_logits(prompt: SplicedPrompt, backbone: Backbone) -> Tensor:
+    """Logits (embedded rows, vocab_size) at every row that goes through the decoder."""
+    return _walk(prompt, backbone, keep_all=True)[0]
+
+
+def step(state: DecodingState, tokens: list[int], backbone: Backbone) -> None:
+    """Feed one token to every row."""
+    ids = torch.tensor(tokens, device=backbone.device)[:, None]
+    state.mask = torch.cat([state.mask, state.mask.new_ones(len(tokens), 1)], dim=1)
+    state.logits = _forward(backbone, backbone.embed(ids), state.positions[:, None], state.mask, state.cache, 1)[:, -1]
+    state.positions = state.positions + 1
+
+
+def _forward(backbone: Backbone, embeds: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache,
+             logits_to_keep: int) -> Tensor:
+    # The mask always covers cache and input: without it transformers drops suffix tokens silently, and takes
+    # positions with gaps for several packed sequences.
+    logits: Tensor = backbone.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
+                                    past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep).logits
+    return logits
+
+
+def _walk(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -> tuple[Tensor, DynamicCache]:
+    cache = DynamicCache(config=backbone.model.config)
+    seen = 0
+    kept: list[Tensor] = []
+    for number, run in enumerate(prompt.runs):
+        if isinstance(run, EmbeddedRun):
+            seen += run.embeds.shape[0]
+            mask = torch.ones(1, seen, dtype=torch.long, device=backbone.device)
+            logits = _forward(backbone, run.embeds[None], run.positions[None], mask, cache, 0 if keep_all else 1)
+            if keep_all or number == len(prompt.runs) - 1:
+                kept.append(logits[0])
+        else:
+            seen += run.keys.shape[2]
+            for layer, (keys, values) in enumerate(zip(run.keys, run.values, strict=True)):
+                cache.update(keys[None], values[None], layer)
+    return torch.cat(kept), cache
+
+
+def _prefill_alone(prompt: SplicedPrompt, backbone: Backbone) -> DecodingState:
+    logits, cache = _walk(prompt, backbone, keep_all=False)
+    mask = torch.ones(1, prompt.length, dtype=torch.long, device=backbone.device)
+    return DecodingState(logits[-1:], cache, mask, torch.tensor([prompt.next_position], device=backbone.device))
+
+
+def _prefill_together(prompts: Sequence[SplicedPrompt], backbone: Backbone) -> DecodingState:
+    runs = [p.runs[0] for p in prompts]
+    width = max(p.length for p in prompts)
+    device = backbone.device
+    embeds = torch.zeros(len(prompts), width, backbone.hidden_size, dtype=backbone.dtype, device=device)
+    positions = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
+    for row, run in enumerate(runs):
+        assert isinstance(run, EmbeddedRun)
+        n = run.embeds.shape[0]
+        embeds[row, width - n :], positions[row, width - n :], mask[row, width - n :] = run.embeds, run.positions, 1
+    cache = DynamicCache(config=backbone.model.config)
+    logits = _forward(backbone, embeds, positions, mask, cache, 1)[:, -1]
+    return DecodingState(logits, cache, mask, torch.tensor([p.next_position for p in prompts], device=device))
+
+
+def _merge(states: Sequence[DecodingState], backbone: Backbone) -> DecodingState:
+    """Left-pad the caches of single prompts to one length. Keys are rotated already, so padding moves nothing."""
+    width = max(s.mask.shape[1] for s in states)
+    cache = DynamicCache(config=backbone.model.config)
+
+    def padded(tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[2], 0))
+
+    for layer in range(len(states[0].cache.layers)):
+        keys = torch.cat([padded(s.cache.layers[layer].keys) for s in states])
+        values = torch.cat([padded(s.cache.layers[layer].values) for s in states])
+        cache.update(keys, values, layer)
+    masks = [torch.nn.functional.pad(s.mask, (width - s.mask.shape[1], 0)) for s in states]
+    return DecodingState(torch.cat([s.logits for s in states]), cache, torch.cat(masks),
+                         torch.cat([s.positions for s in states]))

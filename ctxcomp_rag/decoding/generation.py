@@ -1,0 +1,110 @@
+"""Choosing tokens and knowing when to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from ctxcomp_rag.decoding.splice import PromptUsage
+from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.tokenization import TextTokenizer
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to generate.
+
+    Attributes:
+        max_new_tokens: upper bound on generated tokens.
+        temperature: 0 is greedy.
+        top_p: sample from the smallest set of tokens whose probability reaches this (temperature > 0 only).
+        stop: the answer ends before the first of these strings.
+        seed: of the sampling; the same prompt, settings and seed give the same answer, alone or in a batch.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"expected max_new_tokens of at least 1, got {self.max_new_tokens}")
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
+            raise InputError(f"expected temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}")
+        if any(not s for s in self.stop):
+            raise InputError("a stop string must not be empty")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer: its text, token ids (the stop token left out), why it ended, and what it cost."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: PromptUsage
+    completion_tokens: int
+
+
+class Sampler:
+    """Picks the next token of one request."""
+
+    def __init__(self, settings: GenerationSettings, device: torch.device) -> None:
+        self.greedy = settings.temperature == 0
+        if not self.greedy:
+            self.generator = torch.Generator(device=device).manual_seed(settings.seed)
+            self.warpers = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
+            if settings.top_p < 1:
+                self.warpers.append(TopPLogitsWarper(settings.top_p))
+
+    def pick(self, logits: Tensor) -> int:
+        """Token id from logits (vocab_size,)."""
+        if self.greedy:
+            return int(logits.argmax())
+        scores = self.warpers(torch.empty(1, 0, dtype=torch.long, device=logits.device), logits[None].float())
+        return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self.generator))
+
+
+@dataclass
+class Progress:
+    """The growing answer of one request: what may be shown, and whether it is over."""
+
+    tokenizer: TextTokenizer
+    settings: GenerationSettings
+    end_ids: frozenset[int]
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    num_generated: int = 0
+
+    def accept(self, token: int) -> None:
+        """Take one more token in; sets `finish_reason` when the answer is over."""
+        self.num_generated += 1
+        if token in self.end_ids:
+            self.finish_reason = "stop"
+            return
+        self.token_ids.append(token)
+        self.text = self.tokenizer.decode(self.token_ids)
+        found = [at for s in self.settings.stop if (at := self.text.find(s)) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.finish_reason = "stop"
+        elif self.num_generated >= self.settings.max_new_tokens:
+            self.finish_reason = "length"
+
+    @property
+    def settled(self) -> str:
+        """The text that no later token can change: without half a character or a half-spelled stop string."""
+        if self.finish_reason:
+            return self.text
+        text = self.text.rstrip("\ufffd")
+        held = max((n for s in self.settings.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        return text[: len(text) - held]

@@ -1,0 +1,115 @@
+"""Prompts as parts: text, spans and delimiter embeddings in any order, alone or inside chat messages.
+
+Untrusted text stays text. A chat template is rendered with one random sentinel in the place of every part, split at
+the sentinels, and only the template's own pieces may name control tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor
+
+from ctxcomp_rag.errors import InputError, UnsupportedModelError
+from ctxcomp_rag.spans import KVSpan, MemorySpan, SoftSpan, SpanSpec
+from ctxcomp_rag.tokenization import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text of a prompt. Only `trusted` text (a template's own) may name control tokens."""
+
+    text: str
+    trusted: bool = False
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Token ids, entered as they are."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Delimiter:
+    """Embedding rows (n, hidden_size) that a compressor brings along, such as [AE] or <mem>."""
+
+    embeds: Tensor
+
+
+Part: TypeAlias = str | Text | TokenIds | Delimiter | MemorySpan
+"""One piece of a prompt; a plain `str` is untrusted text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """One chat message: a role and its content as parts."""
+
+    role: str
+    content: tuple[Part, ...]
+
+
+def enclosed(span: MemorySpan, spec: SpanSpec) -> list[Part]:
+    """The span between the delimiters of its specification (none for a compressor that has none)."""
+    around = {name: [Delimiter(rows)] if (rows := spec.delimiters.get(name)) is not None else []
+              for name in ("before", "after")}
+    return [*around["before"], span, *around["after"]]
+
+
+def reconstruction_prompt(span: MemorySpan, spec: SpanSpec) -> list[Part]:
+    """The prompt that asks the decoder to repeat the text behind a span: the slots and [AE] (ICAE v2 layout)."""
+    rows = spec.delimiters.get("reconstruct")
+    if rows is None:
+        raise InputError(f"the compressor {spec.compressor} brings no 'reconstruct' delimiter, so its spans cannot be "
+                         "asked for their text")
+    return [span, Delimiter(rows)]
+
+
+def render_chat(tokenizer: TextTokenizer, messages: Sequence[Message], *,
+                add_generation_prompt: bool = True) -> list[Part]:
+    """Lay messages out with the model's chat template (or, without one, as "Role: content" paragraphs).
+
+    Raises:
+        UnsupportedModelError: the template drops, repeats or reorders a part of the content.
+    """
+    parts: list[Part] = [p for m in messages for p in m.content]
+    nonce = secrets.token_hex(16)
+    names = [f"ctxcomp{nonce}p{i}q" for i in range(len(parts))]
+    cursor = iter(names)
+    chat = [{"role": m.role, "content": "".join(next(cursor) for _ in m.content)} for m in messages]
+    if tokenizer.hf.chat_template:
+        rendered = str(tokenizer.hf.apply_chat_template(chat, tokenize=False,
+                                                        add_generation_prompt=add_generation_prompt))
+    else:
+        rendered = "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in chat)
+        rendered += "\n\nAssistant:" if add_generation_prompt else ""
+    pieces = re.split(f"(ctxcomp{nonce}p[0-9]+q)", rendered)
+    if pieces[1::2] != names:
+        raise UnsupportedModelError(
+            "the chat template of this model does not show every message exactly once and in order; "
+            "build the prompt from parts instead of messages"
+        )
+    laid_out: list[Part] = []
+    for i, piece in enumerate(pieces):
+        if i % 2:
+            laid_out.append(parts[i // 2])
+        elif piece:
+            laid_out.append(Text(piece, trusted=True))
+    return laid_out
+
+
+def text_ids(part: str | Text | TokenIds, tokenizer: TextTokenizer) -> list[int]:
+    """Token ids of a text part."""
+    if isinstance(part, TokenIds):
+        return list(part.ids)
+    if isinstance(part, str):
+        return tokenizer.encode(part)
+    return tokenizer.encode_template(part.text) if part.trusted else tokenizer.encode(part.text)
+
+
+__all__ = ["Delimiter", "KVSpan", "Message", "Part", "SoftSpan", "Text", "TokenIds", "enclosed",
+           "reconstruction_prompt", "render_chat", "text_ids"]

@@ -1,0 +1,284 @@
+"""CompressedRAG: chunk, compress and index documents once; answer from the spliced spans."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, embedded_path, load_frozen
+from ctxcomp_rag.chunking import Chunk, Document, split_document
+from ctxcomp_rag.compressors import Compressor, compressor_class, load_compressor
+from ctxcomp_rag.decoding import (
+    FrozenDecoder,
+    GenerationSettings,
+    Message,
+    Part,
+    PromptUsage,
+    Text,
+    TokenIds,
+    enclosed,
+    reconstruction_prompt,
+    render_chat,
+)
+from ctxcomp_rag.errors import CtxcompError, InputError
+from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
+from ctxcomp_rag.retrieval import RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
+
+Mode = Literal["spans", "text", "truncated", "none"]
+MODES: tuple[Mode, ...] = ("spans", "text", "truncated", "none")
+DEFAULT_TOP_K = 3
+_BATCH_CHUNKS = 256
+
+
+@dataclass(frozen=True)
+class IndexReport:
+    """What one indexing run did."""
+
+    documents: int
+    chunks: int
+    added: int
+    skipped: int
+    removed: int
+    source_tokens: int
+    slots: int
+    seconds: float
+    failures: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """An answer, the chunks it was read from, and what the prompt and the answer cost."""
+
+    text: str
+    sources: tuple[RetrievedSpan, ...]
+    usage: PromptUsage
+    completion_tokens: int
+    finish_reason: str
+
+
+class CompressedRAG:
+    """Retrieval-augmented generation over compressed chunks.
+
+    Args:
+        backbone: the frozen decoder.
+        index: an open index whose spans were made for this decoder.
+        encoder: anything with `.encode(list[str])`, the same one that made the index's vectors.
+        compressor: needed to index; reading does without.
+
+    Raises:
+        IncompatibleSpanError: the index holds spans for another decoder.
+    """
+
+    def __init__(self, backbone: Backbone, index: MemoryIndex, encoder: RetrievalEncoder,
+                 compressor: Compressor | None = None) -> None:
+        index.spec.require_decoder(backbone.fingerprint)
+        name = encoder_name(encoder)
+        if index.retrieval_encoder != name:
+            raise InputError(f"the index in {str(index.path)!r} was made with the retrieval encoder "
+                             f"{index.retrieval_encoder!r}, got {name!r}; pass the one the index was made with")
+        self.backbone, self.memory, self.encoder, self.compressor = backbone, index, encoder, compressor
+        self.decoder = FrozenDecoder(backbone)
+
+    @classmethod
+    def create(cls, path: str | Path, *, model: str | Path = EMBEDDED_MODEL, compressor: str | Path = "icae",
+               encoder: RetrievalEncoder | str | None = None) -> Self:
+        """Start a new index, or go on with one that the same decoder and compressor made.
+
+        Args:
+            model: see `load_frozen`.
+            compressor: name of a method ("icae": the trained compressor of the embedded model), or the folder of a
+                saved compressor.
+        """
+        backbone = load_frozen(model)
+        maker = load_trained_compressor(compressor, backbone)
+        retriever = load_retrieval_encoder(encoder) if encoder is None or isinstance(encoder, str) else encoder
+        if Path(path).exists() and any(Path(path).iterdir()):
+            index = MemoryIndex.open(path)
+            index.spec.require_compressor(maker.spec)
+        else:
+            size = embed_texts(retriever, ["size"]).shape[1]
+            index = MemoryIndex.create(path, maker.spec, vector_size=size, retrieval_encoder=encoder_name(retriever))
+        return cls(backbone, index, retriever, maker)
+
+    @classmethod
+    def open(cls, path: str | Path, *, model: str | Path | None = None,
+             encoder: RetrievalEncoder | str | None = None) -> Self:
+        """Open an index for reading; the decoder is the one the index names unless `model` says where it is."""
+        index = MemoryIndex.open(path, read_only=True)
+        backbone = load_frozen(model if model is not None else index.spec.decoder.model_id,
+                               revision=index.spec.decoder.revision or None)
+        if encoder is None or isinstance(encoder, str):
+            encoder = load_retrieval_encoder(encoder or index.retrieval_encoder)
+        return cls(backbone, index, encoder)
+
+    # -- offline -----------------------------------------------------------------------------------------------------
+
+    def index(self, documents: Iterable[Document], *, factor: float | None = None, overlap_tokens: int = 0,
+              max_chunk_tokens: int | None = None, on_error: Literal["stop", "skip"] = "stop",
+              progress: Callable[[int, int], None] | None = None) -> IndexReport:
+        """Chunk, compress and store documents. Running it again adds only what is missing.
+
+        A document whose id is known already is replaced: chunks that its new text no longer has are deleted.
+
+        Args:
+            factor: compression factor, e.g. 4.0; the compressor's own by default.
+            on_error: "skip" reports a document that cannot be used in `failures` and goes on.
+            progress: called with (documents, source tokens) as they are committed.
+        """
+        if self.compressor is None:
+            raise InputError("this index was opened for reading; use CompressedRAG.create(path) to add documents")
+        limit = min(max_chunk_tokens or self.compressor.max_chunk_tokens, self.compressor.max_chunk_tokens)
+        began = time.perf_counter()
+        counts = dict.fromkeys(("documents", "chunks", "added", "skipped", "removed", "source_tokens", "slots"), 0)
+        failures: dict[str, str] = {}
+        pending: list[Chunk] = []
+        waiting = 0
+
+        def commit() -> None:
+            nonlocal pending, waiting
+            added, slots = self._store(pending, factor)
+            counts["added"] += added
+            counts["skipped"] += len(pending) - added
+            counts["slots"] += slots
+            if progress:
+                progress(waiting, sum(c.num_tokens for c in pending))
+            pending, waiting = [], 0
+
+        for document in documents:
+            try:
+                chunks = split_document(document, self.backbone.tokenizer, max_tokens=limit,
+                                        overlap_tokens=overlap_tokens)
+            except CtxcompError as error:
+                if on_error == "stop":
+                    raise
+                failures[document.id] = str(error)
+                continue
+            stale = set(self.memory.document_chunks(document.id)) - {c.id for c in chunks}
+            if stale:
+                counts["removed"] += self.memory.delete(chunk_ids=stale)
+            counts["documents"] += 1
+            counts["chunks"] += len(chunks)
+            counts["source_tokens"] += sum(c.num_tokens for c in chunks)
+            pending += chunks
+            waiting += 1
+            if len(pending) >= _BATCH_CHUNKS:
+                commit()
+        if pending:
+            commit()
+        if not counts["documents"] and not failures:
+            raise InputError("the corpus is empty: no document was given")
+        return IndexReport(**counts, seconds=time.perf_counter() - began, failures=failures)
+
+    def _store(self, chunks: Sequence[Chunk], factor: float | None) -> tuple[int, int]:
+        assert self.compressor is not None
+        missing = self.memory.missing([c.id for c in chunks])
+        fresh = [c for c in chunks if c.id in missing]
+        if not fresh:
+            return 0, 0
+        spans = self.compressor.compress(fresh, compression_factor=factor)
+        vectors = embed_texts(self.encoder, [c.text for c in fresh])
+        report = self.memory.add(fresh, spans, vectors, spec=self.compressor.spec)
+        return report.added, sum(s.num_slots for s in spans)
+
+    # -- online ------------------------------------------------------------------------------------------------------
+
+    def retrieve(self, question: str, *, top_k: int = DEFAULT_TOP_K,
+                 where: Mapping[str, Any] | None = None) -> list[RetrievedSpan]:
+        """The chunks nearest to a question, best first."""
+        if not question.strip():
+            raise InputError("the question is empty")
+        return self.memory.search(embed_texts(self.encoder, [question]), top_k, where=where)[0]
+
+    def prompt(self, question: str, sources: Sequence[RetrievedSpan], mode: Mode = "spans") -> list[Part]:
+        """The parts of the prompt that answers `question` from `sources` (see `prompt_parts`)."""
+        contents: list[list[Part]] = []
+        for source in sources:
+            if mode == "spans":
+                contents.append(enclosed(source.span, self.memory.spec))
+            elif mode == "text":
+                contents.append([source.chunk.text])
+            elif mode == "truncated":
+                contents.append([truncated_part(self.backbone, source.chunk, source.span.num_slots)])
+        return prompt_parts(self.backbone, question, contents if mode != "none" else [])
+
+    def answer(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
+               where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None) -> Answer:
+        """Retrieve, splice and generate.
+
+        Args:
+            mode: what stands for the retrieved chunks: their spans, their text, the text truncated to the number of
+                positions that the spans take, or nothing.
+        """
+        sources = self._sources(question, mode, top_k, where)
+        made = self.decoder.generate(self.prompt(question, sources, mode), settings)
+        return Answer(made.text.strip(), tuple(sources), made.usage, made.completion_tokens, made.finish_reason)
+
+    def stream(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
+               where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None) -> Iterator[str]:
+        """Like `answer`, in pieces of text as they are generated; close the iterator to cancel."""
+        sources = self._sources(question, mode, top_k, where)
+        return without_leading_space(self.decoder.stream(self.prompt(question, sources, mode), settings))
+
+    def reconstruct(self, span: RetrievedSpan, *, max_new_tokens: int | None = None) -> str:
+        """The text that the decoder reads out of a span, for a look at what compression kept."""
+        limit = max_new_tokens or span.span.num_source_tokens + 16
+        parts = reconstruction_prompt(span.span, self.memory.spec)
+        return self.decoder.generate(parts, GenerationSettings(max_new_tokens=limit)).text
+
+    def _sources(self, question: str, mode: Mode, top_k: int, where: Mapping[str, Any] | None) -> list[RetrievedSpan]:
+        if mode not in MODES:
+            raise InputError(f"there is no mode {mode!r}; expected one of {', '.join(MODES)}")
+        return [] if mode == "none" else self.retrieve(question, top_k=top_k, where=where)
+
+    def close(self) -> None:
+        """Save the index's search snapshot and release its lock."""
+        self.memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def prompt_parts(backbone: Backbone, question: str, contents: Sequence[Sequence[Part]]) -> list[Part]:
+    """The one prompt layout: contents and question, in one user message of the model's chat template."""
+    body: list[Part] = []
+    for content in contents:
+        body += [*content, Text("\n\n")]
+    # One part for "\n\nQuestion: ..." keeps the tokens that training saw; it may not be cut before the question.
+    body = [*body[:-1], f"\n\nQuestion: {question}"]
+    return render_chat(backbone.tokenizer, [Message("user", tuple(body))])
+
+
+def truncated_part(backbone: Backbone, chunk: Chunk, num_tokens: int) -> TokenIds:
+    """The first `num_tokens` tokens of a chunk: what plain text can say in the positions that a span takes."""
+    return TokenIds(tuple(backbone.tokenizer.encode(chunk.text)[:num_tokens]))
+
+
+def without_leading_space(pieces: Iterator[str]) -> Iterator[str]:
+    """A stream without the white space before its first word (answers begin with a space token)."""
+    started = False
+    for piece in pieces:
+        shown = piece if started else piece.lstrip()
+        started = started or bool(shown)
+        if shown:
+            yield shown
+
+
+def load_trained_compressor(compressor: str | Path, backbone: Backbone) -> Compressor:
+    """A saved compressor by folder, or the one that comes with the embedded model by method name."""
+    if Path(compressor).is_dir():
+        return load_compressor(compressor, backbone)
+    kind = compressor_class(str(compressor))
+    if backbone.model_id != EMBEDDED_MODEL:
+        raise InputError(f"there is no trained {kind.name} compressor for {backbone.model_id!r} in this package; "
+                         f"train one and pass its folder, or use --model {EMBEDDED_MODEL}")
+    return kind.from_pretrained(embedded_path(kind.name), backbone)
+
+
+__all__ = ["DEFAULT_TOP_K", "MODES", "Answer", "CompressedRAG", "IndexReport", "Mode", "load_trained_compressor",
+           "prompt_parts", "truncated_part"]

@@ -1,0 +1,156 @@
+"""What every reader is given and yields, and the one way from bytes to text."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import lzma
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+from ctxcomp_rag.chunking import Document
+from ctxcomp_rag.errors import InputError
+
+Item: TypeAlias = tuple[str, Document | InputError]
+"""A place (`file` or `file#row`) and the document there, or why there is none."""
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or standard input.
+
+    Attributes:
+        path: None for standard input.
+        name: what ids and the metadata `source` say.
+        place: what errors say: a path that can be opened from here.
+    """
+
+    path: Path | None
+    name: str
+    place: str
+
+    def open(self) -> IO[bytes]:
+        """The bytes, decompressed."""
+        assert self.path is not None, "standard input is read once, by read_stdin"
+        suffix = self.path.suffix.lower()
+        if suffix == ".gz":
+            return gzip.open(self.path, "rb")
+        if suffix == ".xz":
+            return lzma.open(self.path, "rb")
+        return self.path.open("rb")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a file with rows are wanted."""
+
+    text: str
+    id: str | None
+    metadata: tuple[str, ...]
+
+    @property
+    def wanted(self) -> list[str]:
+        return list(dict.fromkeys([self.text, *([self.id] if self.id is not None else []), *self.metadata]))
+
+    def check(self, existing: list[str], where: str, wanted: list[str] | None = None) -> None:
+        """
+        Raises:
+            InputError: a wanted column is not there, or is there twice.
+        """
+        for column in self.wanted if wanted is None else wanted:
+            if column not in existing:
+                raise InputError(f"{where} has no column {column!r}; its columns are: {', '.join(existing) or '(none)'}")
+            if existing.count(column) > 1:
+                raise InputError(f"{where} has {existing.count(column)} columns {column!r}; rename all but one")
+
+    def document(self, row: Mapping[str, Any], source: Source, number: int) -> Item:
+        """The document of a row whose text and id columns exist."""
+        place = f"{source.place}#{number}"
+        text, name = row[self.text], f"{source.name}#{number}"
+        if text is None or (isinstance(text, str) and not text.strip()):
+            return place, InputError(f"{place} has no text in column {self.text!r}; fill it or leave the row out")
+        if not isinstance(text, str):
+            return place, InputError(f"{place}: expected text in column {self.text!r}, found {_kind(text)}")
+        if self.id is not None:
+            value = row[self.id]
+            if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+                return place, InputError(
+                    f"{place}: expected a string or whole number as id in column {self.id!r}, found {_kind(value)}"
+                )
+            name = str(value)
+        metadata: dict[str, str | int | float | bool | None] = {"source": source.name}
+        for column in self.metadata:
+            value = row.get(column)
+            if isinstance(value, datetime | date | time):
+                value = value.isoformat()
+            if value is not None and not isinstance(value, str | int | float | bool):
+                return place, InputError(
+                    f"{place}: expected a string, number, true, false or null in column {column!r}, found {_kind(value)}"
+                )
+            metadata[column] = value
+        for string in (text, name, *(v for v in metadata.values() if isinstance(v, str))):
+            if not string.isascii() and any("\ud800" <= c <= "\udfff" for c in string):
+                return place, InputError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff), which is not text")
+        return place, Document(name, text, metadata)
+
+
+def decode(data: bytes, place: str) -> str:
+    """UTF-8 text without a byte order mark, line ends as they are.
+
+    Raises:
+        InputError: the bytes are not text.
+    """
+    if (nul := data.find(0)) >= 0:
+        raise _binary(place, f"byte {nul} is 0x00")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _binary(place, f"byte {error.start} is 0x{data[error.start]:02x}: {error.reason}") from error
+
+
+def check_text(source: Source) -> None:
+    """Read a file of rows once through, so that of one that is not text no row comes out.
+
+    Raises:
+        InputError: it is empty or not UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    with source.open() as file:
+        while block := file.read(_BLOCK):
+            if (nul := block.find(0)) >= 0:
+                raise _binary(source.place, f"byte {offset + nul} is 0x00")
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                raise _binary(source.place, f"near byte {offset + error.start}: {error.reason}") from error
+            offset += len(block)
+    if offset == 0:
+        raise InputError(f"{source.place} is empty; leave it out")
+    try:
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        raise _binary(source.place, f"it ends inside a character: {error.reason}") from error
+
+
+def stdin_bytes() -> bytes:
+    """All of standard input (also where a program has put a text stream in its place)."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    data: bytes = buffer.read() if buffer is not None else sys.stdin.read().encode()
+    return data
+
+
+def _binary(place: str, why: str) -> InputError:
+    return InputError(f"binary file {place}: expected UTF-8 text, but {why}; convert it to UTF-8 or leave it out")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null", bytes: "bytes"}
+    shown = names.get(type(value), type(value).__name__)
+    return "an empty string" if value == "" else f"{shown} ({value!r})" if isinstance(value, int | float) else shown
