@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -47,7 +48,8 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, model_id: str,
                  revision: str = "") -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.requires_grad_(False)
+        self.model.train(False)
         self.config = model.config.get_text_config()
         self.model_id, self.revision = model_id, revision
         self._tokenizer = TextTokenizer(tokenizer) if tokenizer is not None else None
@@ -65,11 +67,13 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def max_positions(self) -> int:
@@ -107,12 +111,12 @@ class Backbone:
         ids = torch.arange(8, device=self.device)[None] % int(self.config.vocab_size)
         keys: list[list[Tensor]] = []
         for start in (0, offset):
-            cache = DynamicCache(config=self.model.config)
+            cache: Any = DynamicCache(config=self.model.config)
             with torch.no_grad():
                 self.model(input_ids=ids, position_ids=torch.arange(8, device=self.device)[None] + start,
-                           attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, logits_to_keep=1)
+                           attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
             keys.append([layer.keys.float() for layer in cache.layers])
-        return max(((rotate_keys(here, offset, rope) - there).norm() / there.norm()).item()
+        return max(float((rotate_keys(here, offset, rope) - there).norm() / there.norm())
                    for here, there in zip(*keys, strict=True))
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -128,7 +132,8 @@ class Backbone:
         """
         shared: dict[int, Any] = {id(t): t for t in self.model.parameters()}
         shared |= {id(t): t for t in self.model.buffers()}
-        return copy.deepcopy(self.model, shared)
+        tree: PreTrainedModel = copy.deepcopy(self.model, shared)
+        return tree
 
     @cached_property
     def fingerprint(self) -> DecoderFingerprint:
@@ -147,11 +152,13 @@ class Backbone:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all parameters, in name order."""
+    """sha256 over names, dtypes, shapes and bytes of all parameters and stored buffers, in name order."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(json.dumps([name, str(parameter.dtype), list(parameter.shape)]).encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    stored = model.state_dict().keys()
+    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in stored}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -181,9 +188,14 @@ def load_frozen(model: str | Path = EMBEDDED_MODEL, *, revision: str | None = No
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **options)
-        loaded = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=chosen, **options)
-    except (OSError, ValueError, KeyError) as error:
+        result: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=chosen,
+                                                           output_loading_info=True, **options)
+        loaded, info = result
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelLoadError(_advice(name, error)) from error
+    if info["missing_keys"]:  # transformers would go on with random numbers in their place
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelLoadError(_advice(name, ValueError(f"its weights lack {missing}")))
     return Backbone(loaded.to(target), _load_tokenizer(source, options), model_id=name,
                     revision=revision or str(getattr(config, "_commit_hash", None) or ""))
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ctxcomp_rag.chunking import Document
-from ctxcomp_rag.decoding import GenerationSettings
+from ctxcomp_rag.decoding import GenerationSettings, Part
 from ctxcomp_rag.evaluation.fictional import generate_corpus
 from ctxcomp_rag.evaluation.home_ground import HomeGroundReport, evaluate_home_ground
 from ctxcomp_rag.evaluation.timing import cache_bytes, time_to_first_token
-from ctxcomp_rag.pipeline import CompressedRAG
+from ctxcomp_rag.pipeline import CompressedRAG, Mode
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def run_demo(seed: int = 1, *, documents: int = 100, examples: int = 2,
 
 def _side_by_side(rag: CompressedRAG, question: str, expected: str) -> SideBySide:
     sources = rag.retrieve(question)
-    prompts = {mode: rag.prompt(question, sources, mode) for mode in ("spans", "text")}  # type: ignore[arg-type]
+    modes: tuple[Mode, ...] = ("spans", "text")
+    prompts: dict[str, list[Part]] = {mode: rag.prompt(question, sources, mode) for mode in modes}
     seconds = time_to_first_token(rag.decoder, prompts)
     made = {mode: rag.decoder.generate(parts, GenerationSettings(max_new_tokens=24)) for mode, parts in prompts.items()}
     positions = {mode: g.usage.positions for mode, g in made.items()}

@@ -25,7 +25,7 @@ from ctxcomp_rag.decoding import (
 )
 from ctxcomp_rag.errors import CtxcompError, InputError
 from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
-from ctxcomp_rag.retrieval import RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
+from ctxcomp_rag.retrieval import DEFAULT_ENCODER, RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
 
 Mode = Literal["spans", "text", "truncated", "none"]
 MODES: tuple[Mode, ...] = ("spans", "text", "truncated", "none")
@@ -94,7 +94,7 @@ class CompressedRAG:
         """
         backbone = load_frozen(model)
         maker = load_trained_compressor(compressor, backbone)
-        retriever = load_retrieval_encoder(encoder) if encoder is None or isinstance(encoder, str) else encoder
+        retriever = load_retrieval_encoder(encoder or DEFAULT_ENCODER)
         if Path(path).exists() and any(Path(path).iterdir()):
             index = MemoryIndex.open(path)
             index.spec.require_compressor(maker.spec)
@@ -110,9 +110,7 @@ class CompressedRAG:
         index = MemoryIndex.open(path, read_only=True)
         backbone = load_frozen(model if model is not None else index.spec.decoder.model_id,
                                revision=index.spec.decoder.revision or None)
-        if encoder is None or isinstance(encoder, str):
-            encoder = load_retrieval_encoder(encoder or index.retrieval_encoder)
-        return cls(backbone, index, encoder)
+        return cls(backbone, index, load_retrieval_encoder(encoder or index.retrieval_encoder))
 
     # -- offline -----------------------------------------------------------------------------------------------------
 

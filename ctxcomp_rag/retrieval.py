@@ -7,6 +7,7 @@ The default is MiniLM. Its weights are on the Hugging Face hub and, bit for bit,
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,7 @@ def embed_texts(encoder: RetrievalEncoder, texts: Sequence[str], *, batch_size: 
         InputError: there are no texts, one is not a string, or what the encoder returned is not one row of finite
             numbers per text. Errors that the encoder raises come through as they are.
     """
-    if not callable(getattr(encoder, "encode", None)):
+    if not _is_encoder(encoder):
         raise InputError(f"expected an encoder with .encode(list[str]), got {type(encoder).__name__}")
     if isinstance(texts, str):
         raise InputError("expected a list of texts, got one string; put it into a list")
@@ -141,8 +142,7 @@ def load_retrieval_encoder(
         InputError: `name` is neither a name nor an encoder.
     """
     if not isinstance(name, str | Path):
-        # a class has `.encode` too, but calling it would take the texts for `self`
-        if isinstance(name, RetrievalEncoder) and not isinstance(name, type):
+        if _is_encoder(name):
             return name
         raise InputError(
             f"expected the name of an encoder or an object with .encode(list[str]), got {type(name).__name__}"
@@ -152,8 +152,14 @@ def load_retrieval_encoder(
         if folder is not None:
             return _load_packaged(folder, device)
         name = DEFAULT_ENCODER
-    if Path(name).is_dir():
+    if str(name) and Path(name).is_dir():  # Path("") is the current folder
         return _load_folder(Path(name), device)
+    if "@sha256:" in str(name):  # as `encoder_name` calls a folder, and so as a manifest does
+        folder_name = str(name).partition("@")[0]
+        raise ModelLoadError(
+            f"{str(name)!r} is an encoder from a folder, known by its content; pass the path of the folder "
+            f"{folder_name!r}"
+        )
     if isinstance(name, Path) or not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelLoadError(f"there is no folder {str(name)!r} to load a retrieval encoder from; {_NEXT_STEP}")
     return _load_from_hub(name, device)
@@ -175,6 +181,11 @@ def encoder_name(encoder: RetrievalEncoder) -> str:
         if origin:
             return _folder_name(encoder, Path(origin)) if Path(origin).is_dir() else str(origin)
     return f"{type(encoder).__module__}.{type(encoder).__qualname__}"
+
+
+def _is_encoder(value: object) -> bool:
+    # strings have `.encode` too, and so have the classes of encoders, which would take the texts for `self`
+    return isinstance(value, RetrievalEncoder) and not isinstance(value, str | type)
 
 
 def _packaged_folder() -> Path | None:
@@ -283,20 +294,17 @@ class _Library:
     """The classes of sentence-transformers, from where this version keeps them."""
 
     def __init__(self) -> None:
-        from sentence_transformers import SentenceTransformer
-
         try:
-            from sentence_transformers.sentence_transformer import modules
-        except ImportError:  # before 5.4
-            from sentence_transformers import models as modules
-        self.SentenceTransformer = SentenceTransformer
+            modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
+        except ModuleNotFoundError:  # version 5
+            modules = importlib.import_module("sentence_transformers.models")
+        self.SentenceTransformer = importlib.import_module("sentence_transformers").SentenceTransformer
         self.Transformer, self.Pooling, self.Normalize = modules.Transformer, modules.Pooling, modules.Normalize
 
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
+    logging = importlib.import_module("transformers.utils.logging")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

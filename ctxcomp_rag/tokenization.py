@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from ctxcomp_rag.errors import UnsupportedModelError
+from ctxcomp_rag.errors import InputError, UnsupportedModelError
 
 
 class TextTokenizer:
@@ -37,7 +37,14 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; never a special or added token, even where the text spells one."""
-        encoding = self._plain.encode(text, add_special_tokens=False)
+        try:
+            encoding = self._plain.encode(text, add_special_tokens=False)
+        except TypeError as error:
+            lone = [i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"]
+            if not lone:
+                raise
+            raise InputError(f"the text is not valid Unicode: character {lone[0]} is the lone surrogate "
+                             f"{text[lone[0]]!a}; repair it where it was decoded") from error
         ids: list[int] = encoding.ids
         hits = [i for i, token in enumerate(ids) if token in self.control_ids]
         if not hits:
@@ -64,5 +71,5 @@ class TextTokenizer:
     def digest(self) -> str:
         """sha256 of the tokenizer's definition and chat template."""
         template = self.hf.chat_template or ""
-        definition = self.hf.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+        definition = self.hf.backend_tokenizer.to_str()
         return hashlib.sha256((definition + json.dumps(template, sort_keys=True)).encode()).hexdigest()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ctxcomp_rag.errors import UnsupportedModelError
+from ctxcomp_rag.errors import InputError, UnsupportedModelError
 from ctxcomp_rag.tokenization import TextTokenizer
 from tests.tiny_models import CONTROL_TOKENS, tiny_tokenizer
 
@@ -86,6 +86,11 @@ def test_plain_text_without_control_tokens_is_encoded_as_ever() -> None:
 def test_control_token_of_one_plain_character_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="maps the plain character '_' to the control token id"):
         unigram(special="_").encode("snake_case")
+
+
+def test_text_that_is_not_valid_unicode_is_refused_at_the_place(bpe: TextTokenizer) -> None:
+    with pytest.raises(InputError, match=r"character 2 is the lone surrogate '\\ud83d'"):
+        bpe.encode("ab\ud83d")
 
 
 def test_digest_changes_with_vocabulary_and_chat_template(bpe: TextTokenizer) -> None:

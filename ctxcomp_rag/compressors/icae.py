@@ -12,12 +12,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,6 +30,16 @@ from ctxcomp_rag.spans import DecoderFingerprint, SlotPositions, SoftSpan, SpanS
 _SPECIAL_ROWS = ("reconstruct", "continue", "after")  # [AE], [LM], [FT]
 _MEMORY_FILE = "memory_tokens.safetensors"
 _BATCH_TOKENS = 8192
+
+_MODEL_CARD = """\
+---
+base_model: {model}
+library_name: ctxcomp-rag
+tags: [icae, context-compression, lora]
+---
+ICAE compressor for the decoder `{model}`: {compression_factor:g} source tokens per slot, segments of up to
+{segment_tokens} tokens, {slot_positions} slot positions. Load it with `ctxcomp_rag.load_compressor(folder, backbone)`.
+"""
 
 
 @dataclass(frozen=True)
@@ -101,22 +111,33 @@ class ICAECompressor(Compressor, nn.Module):
         if encoder is None:
             lora = LoraConfig(r=self.config.lora_rank, lora_alpha=self.config.lora_alpha,  # type: ignore[arg-type]
                               target_modules=list(self.config.lora_targets), bias="none", task_type="CAUSAL_LM")
-            encoder = get_peft_model(backbone.second_tree(), lora)  # type: ignore[assignment]
+            encoder = get_peft_model(backbone.second_tree(), lora)
         assert encoder is not None
         self.encoder = encoder.eval()
         rows = self.config.num_memory_tokens + len(_SPECIAL_ROWS)
         if memory_tokens is None:
-            memory_tokens = torch.randn(rows, backbone.hidden_size) * backbone.model.get_input_embeddings().weight.std().cpu()
+            vocab_size = int(backbone.config.vocab_size)
+            some = backbone.embed(torch.arange(0, vocab_size, max(1, vocab_size // 4096)))  # scaled, as rows enter
+            memory_tokens = torch.randn(rows, backbone.hidden_size) * some.float().std().cpu()
         if tuple(memory_tokens.shape) != (rows, backbone.hidden_size):
             raise ModelLoadError(f"expected a memory table of shape {(rows, backbone.hidden_size)} "
                                  f"({self.config.num_memory_tokens} memory tokens, [AE], [LM], [FT]; hidden size of "
                                  f"the decoder), got {tuple(memory_tokens.shape)}")
         self.memory_tokens = nn.Parameter(memory_tokens.to(backbone.device, torch.float32))
+        self._spec: tuple[tuple[int, ...], SpanSpec] | None = None
 
     # -- what the layers around ask ------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def spec(self) -> SpanSpec:
+        # Hashing the weights takes seconds for a large model, so it is done once for each state of training.
+        state = tuple(p._version for n, p in self.encoder.named_parameters() if ".lora_" in n)
+        state += (self.memory_tokens._version,)
+        if self._spec is None or self._spec[0] != state:
+            self._spec = (state, self._make_spec())
+        return self._spec[1]
+
+    def _make_spec(self) -> SpanSpec:
         rows = self.memory_tokens[self.config.num_memory_tokens :].detach().to(self.backbone.dtype)
         delimiters = {n: rows[i : i + 1].clone() for i, n in enumerate(_SPECIAL_ROWS) if n in self.config.delimiters}
         return SpanSpec("soft", self.backbone.fingerprint, f"{self.name}-{self.digest()[:16]}",
@@ -138,7 +159,7 @@ class ICAECompressor(Compressor, nn.Module):
         return digest.hexdigest()
 
     def _trained(self) -> dict[str, Tensor]:
-        adapter: dict[str, Tensor] = get_peft_model_state_dict(self.encoder)
+        adapter: dict[str, Tensor] = get_peft_model_state_dict(self.encoder, save_embedding_layers=False)
         return {**adapter, "memory_tokens": self.memory_tokens}
 
     # -- compression -----------------------------------------------------------------------------------------------
@@ -210,7 +231,8 @@ class ICAECompressor(Compressor, nn.Module):
             positions.append([*range(length), *(start + p for p in s.places), *[0] * pad])
         device = self.backbone.device
         # the mask is always passed: without one, positions that repeat are taken for packed sequences
-        hidden = self.encoder.get_base_model().get_decoder()(
+        encoder: Any = self.encoder.get_base_model()
+        hidden = encoder.get_decoder()(
             inputs_embeds=torch.stack(rows), attention_mask=torch.tensor(masks, device=device),
             position_ids=torch.tensor(positions, device=device), use_cache=False,
         ).last_hidden_state
@@ -232,7 +254,12 @@ class ICAECompressor(Compressor, nn.Module):
         """A PEFT folder (`adapter_config.json`, `adapter_model.safetensors`) with the memory table beside it."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        self.encoder.save_pretrained(str(folder))
+        for adapter in self.encoder.peft_config.values():
+            adapter.base_model_name_or_path = self.backbone.model_id  # not the folder it was loaded from
+        # embeddings are never trained; by default PEFT asks the network whether they were
+        self.encoder.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").write_text(_MODEL_CARD.format(model=self.backbone.model_id, **asdict(self.config)),
+                                          encoding="utf-8")
         save_file({"memory_tokens": self.memory_tokens.detach().cpu().contiguous()}, folder / _MEMORY_FILE)
         settings = {"method": self.name, **asdict(self.config), "decoder": asdict(self.backbone.fingerprint)}
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -253,8 +280,8 @@ class ICAECompressor(Compressor, nn.Module):
         for key in ("delimiters", "lora_targets"):
             settings[key] = tuple(settings[key])
         try:
-            encoder = PeftModel.from_pretrained(backbone.second_tree(), str(folder))
+            encoder = PeftModel.from_pretrained(backbone.second_tree(), str(folder), is_trainable=True)
             memory = load_file(folder / _MEMORY_FILE)["memory_tokens"]
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelLoadError(f"the compressor in {str(folder)!r} cannot be loaded: {error}") from error
         return cls(backbone, ICAEConfig(**settings), encoder=encoder, memory_tokens=memory)

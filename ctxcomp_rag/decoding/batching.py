@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,10 +115,10 @@ def _merge(states: Sequence[DecodingState], backbone: Backbone) -> DecodingState
     def padded(tensor: Tensor) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[2], 0))
 
-    for layer in range(len(states[0].cache.layers)):
-        keys = torch.cat([padded(s.cache.layers[layer].keys) for s in states])
-        values = torch.cat([padded(s.cache.layers[layer].values) for s in states])
-        cache.update(keys, values, layer)
+    caches: list[list[Any]] = [list(s.cache.layers) for s in states]
+    for number, layers in enumerate(zip(*caches, strict=True)):
+        cache.update(torch.cat([padded(layer.keys) for layer in layers]),
+                     torch.cat([padded(layer.values) for layer in layers]), number)
     masks = [torch.nn.functional.pad(s.mask, (width - s.mask.shape[1], 0)) for s in states]
     return DecodingState(torch.cat([s.logits for s in states]), cache, torch.cat(masks),
                          torch.cat([s.positions for s in states]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,7 +69,9 @@ class Sampler:
         """Token id from logits (vocab_size,)."""
         if self.greedy:
             return int(logits.argmax())
-        scores = self.warpers(torch.empty(1, 0, dtype=torch.long, device=logits.device), logits[None].float())
+        seen: Any = torch.empty(1, 0, dtype=torch.long, device=logits.device)
+        unscaled: Any = logits[None].float()
+        scores = self.warpers(seen, unscaled)
         return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self.generator))
 
 

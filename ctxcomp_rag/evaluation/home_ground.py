@@ -34,13 +34,19 @@ class HomeGroundReport:
     top_k: int
 
 
-def corpus_chunks(corpus: Sequence[FictionalDocument], compressor: Compressor) -> list[Chunk]:
-    """One chunk for each document (they are shorter than a chunk)."""
+def split_corpus(corpus: Sequence[FictionalDocument], compressor: Compressor) -> list[Chunk]:
+    """The documents' chunks, in order; most documents are one chunk."""
     chunks = []
     for entry in corpus:
         document = Document(entry.id, entry.text, {"kind": entry.kind})
-        chunks += split_document(document, compressor.backbone.tokenizer, max_tokens=compressor.max_chunk_tokens)[:1]
+        chunks += split_document(document, compressor.backbone.tokenizer, max_tokens=compressor.max_chunk_tokens)
     return chunks
+
+
+def chunk_with(answer: str, document_id: str, chunks: Sequence[Chunk]) -> Chunk:
+    """The chunk of a document that states an answer (its first chunk where a boundary cut the answer)."""
+    own = [c for c in chunks if c.document_id == document_id]
+    return next((c for c in own if answer in c.text), own[0])
 
 
 def evaluate_home_ground(compressor: Compressor, encoder: RetrievalEncoder, *, documents: int = 100, seed: int = 1,
@@ -53,7 +59,7 @@ def evaluate_home_ground(compressor: Compressor, encoder: RetrievalEncoder, *, d
     """
     systems = list(systems or default_systems())
     corpus = generate_corpus(documents, seed, "held_out")
-    chunks = corpus_chunks(corpus, compressor)
+    chunks = split_corpus(corpus, compressor)
     rng = random.Random(seed)
     asked = [rng.choice(d.questions) for d in corpus]
     absent = [rng.choice(d.unanswerable) for d in corpus]
@@ -61,10 +67,12 @@ def evaluate_home_ground(compressor: Compressor, encoder: RetrievalEncoder, *, d
     scores = embed_texts(encoder, [a.question for a in asked]) @ vectors.T
     nearest = np.argsort(-scores, axis=1)[:, :top_k]
     comparison = Comparison(compressor, FrozenDecoder(compressor.backbone))
-    single = [Question(a.question, (a.answer,), (c,)) for a, c in zip(asked, chunks, strict=True)]
+    right = [chunk_with(a.answer, d.id, chunks) for a, d in zip(asked, corpus, strict=True)]
+    whole = [tuple(c for c in chunks if c.document_id == d.id) for d in corpus]
+    single = [Question(a.question, (a.answer,), (c,)) for a, c in zip(asked, right, strict=True)]
     several = [Question(a.question, (a.answer,), tuple(chunks[j] for j in hits))
                for a, hits in zip(asked, nearest, strict=True)]
-    missing = [Question(a.question, (NOT_STATED,), (c,)) for a, c in zip(absent, chunks, strict=True)]
+    missing = [Question(a.question, (NOT_STATED,), own) for a, own in zip(absent, whole, strict=True)]
 
     def score(questions: Sequence[Question], chosen: Sequence[System]) -> dict[str, float]:
         result = {}
@@ -79,7 +87,7 @@ def evaluate_home_ground(compressor: Compressor, encoder: RetrievalEncoder, *, d
         exact_match=score(single, systems),
         exact_match_retrieved=score(several, [s for s in systems if s.kind != "none"]),
         false_answers=stated,
-        retrieval_recall=round(100 * mean([float(i in hits) for i, hits in enumerate(nearest)]), 1),
+        retrieval_recall=round(100 * mean([float(c in q.chunks) for c, q in zip(right, several, strict=True)]), 1),
         reconstruction_bleu=reconstruction_bleu(comparison, chunks, 4.0) if with_bleu else None,
         questions=len(single), documents=len(corpus), top_k=top_k,
     )

@@ -37,7 +37,7 @@ SUPPORTED_SUFFIXES = tuple(_READERS)
 
 
 def read_documents(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Path] | str | Path,
     *,
     text_column: str = "text",
     id_column: str | None = None,
@@ -71,7 +71,7 @@ def read_documents(
     if isinstance(paths, str | Path):  # a string is a sequence of strings, too
         paths = [paths]
     if isinstance(metadata_columns, str):
-        raise InputError(f"expected a list of metadata columns, got the string {metadata_columns!r}; put it into a list")
+        raise InputError(f"expected a list of metadata columns, got {metadata_columns!r}; put it into a list")
     if on_error not in ("stop", "skip"):
         raise InputError(f'expected on_error="stop" or "skip", got {on_error!r}')
     if not paths:
@@ -112,8 +112,8 @@ def _documents(sources: list[Source], columns: Columns, report: _Report, given: 
         for place, item in _items(source, columns):
             if isinstance(item, Document) and item.id in places:
                 item = InputError(
-                    f"the document id {item.id!r} occurs twice: in {places[item.id]} and in {place}; give each document "
-                    "an id of its own"
+                    f"the document id {item.id!r} occurs twice: in {places[item.id]} and in {place}; "
+                    "give each document an id of its own"
                 )
             if isinstance(item, Document):
                 places[item.id] = place
@@ -131,7 +131,8 @@ def _documents(sources: list[Source], columns: Columns, report: _Report, given: 
 
 def _items(source: Source, columns: Columns) -> Iterator[Item]:
     """What the source's reader yields, and last the error that ended it."""
-    reader = read_stdin if source.path is None else _READERS[_format(source.path)]
+    suffix = _format(source.path) if source.path is not None else None
+    reader = read_stdin if suffix is None else _READERS[suffix]
     try:
         yield from reader(source, columns)
     except InputError as error:
@@ -147,7 +148,9 @@ def _expand(given: str) -> Iterator[Source | InputError]:
         yield Source(None, "stdin", "stdin")
         return
     path = Path(given)
-    if path.is_dir():
+    if not given:  # an unset shell variable, perhaps; Path("") would be the current folder
+        yield InputError('there is no file or folder ""; give "." for the current folder')
+    elif path.is_dir():
         yield from _walk(path)
     elif not path.exists():
         yield InputError(f"there is no file or folder {given!r}{_suggestion(path)}")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, TypeAlias, cast
 
 from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.errors import InputError
@@ -40,7 +40,7 @@ class Source:
         assert self.path is not None, "standard input is read once, by read_stdin"
         suffix = self.path.suffix.lower()
         if suffix == ".gz":
-            return gzip.open(self.path, "rb")
+            return cast(IO[bytes], gzip.open(self.path, "rb"))
         if suffix == ".xz":
             return lzma.open(self.path, "rb")
         return self.path.open("rb")
@@ -65,7 +65,7 @@ class Columns:
         """
         for column in self.wanted if wanted is None else wanted:
             if column not in existing:
-                raise InputError(f"{where} has no column {column!r}; its columns are: {', '.join(existing) or '(none)'}")
+                raise InputError(f"{where} has no column {column!r}; its columns are: {', '.join(existing) or 'none'}")
             if existing.count(column) > 1:
                 raise InputError(f"{where} has {existing.count(column)} columns {column!r}; rename all but one")
 
@@ -91,12 +91,16 @@ class Columns:
                 value = value.isoformat()
             if value is not None and not isinstance(value, str | int | float | bool):
                 return place, InputError(
-                    f"{place}: expected a string, number, true, false or null in column {column!r}, found {_kind(value)}"
+                    f"{place}: expected a string, number, true, false or null in column {column!r}, "
+                    f"found {_kind(value)}"
                 )
             metadata[column] = value
         for string in (text, name, *(v for v in metadata.values() if isinstance(v, str))):
-            if not string.isascii() and any("\ud800" <= c <= "\udfff" for c in string):
-                return place, InputError(f"{place} holds half of a surrogate pair (\\ud800 to \\udfff), which is not text")
+            try:
+                string.encode()
+            except UnicodeEncodeError as error:  # JSON can spell what no tokenizer can read
+                half = string[error.start]
+                return place, InputError(f"{place} holds half of a surrogate pair ({half!r}), which is not text")
         return place, Document(name, text, metadata)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -23,36 +24,38 @@ def read_jsonl(source: Source, columns: Columns) -> Iterator[Item]:
 
 def json_rows(lines: Iterable[bytes], source: Source, columns: Columns) -> Iterator[Item]:
     """Items of JSON lines. Lines end with a line feed only: JSON strings may hold U+2028 and its like as they are."""
-    first = True
+    empty = first = True
     for number, line in enumerate(lines, start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
+        empty, place, where = False, f"{source.place}#{number}", f"{source.place}:{number}"
+        text = decode(line, source.place).rstrip("\r\n")
         try:
-            row = parse_row(decode(line, source.place))
-        except (ValueError, RecursionError) as error:  # InputError, which is a ValueError: changed since the check
-            reason = str(error) if not isinstance(error, RecursionError) else "nested too deeply"
-            yield f"{source.place}#{number}", InputError(f"{source.place}:{number} is not a line of JSON: {reason}")
+            row = parse_row(text)
+        except json.JSONDecodeError as error:
+            reason = error.msg.removesuffix(" at")
+            yield place, InputError(f"{where} is not a line of JSON: {reason} at column {error.colno}")
+            continue
+        except (ValueError, RecursionError) as error:
+            yield place, InputError(f"{where} is not a line of JSON that can be read: {error}")
             continue
         if not isinstance(row, dict):
-            yield (
-                f"{source.place}#{number}",
-                InputError(f"{source.place}:{number}: expected a JSON object per line, found {type(row).__name__}"),
-            )
+            yield place, InputError(f"{where}: expected a JSON object per line, found {type(row).__name__}")
             continue
         if first:
             # Later rows may lack an optional field. One that the first row lacks is a typing error, and better found
             # now than after the last of a million rows.
-            columns.check(list(row), f"{source.place}:{number}", list(columns.metadata))
+            columns.check(list(row), where, list(columns.metadata))
             first = False
         try:
-            columns.check(list(row), f"{source.place}:{number}", [c for c in (columns.text, columns.id) if c is not None])
+            columns.check(list(row), where, [c for c in (columns.text, columns.id) if c is not None])
         except InputError as error:
-            yield f"{source.place}#{number}", error
+            yield place, error
             continue
         yield columns.document(row, source, number)
-    if first:
+    if empty:
         raise InputError(f"{source.place} has no rows; leave it out")
 
 
@@ -70,12 +73,15 @@ def read_csv(source: Source, columns: Columns) -> Iterator[Item]:
     if csv.field_size_limit() < _LONGEST_FIELD:
         # 128 KiB otherwise, and documents are longer than that. The limit is the process's: there is no other.
         csv.field_size_limit(_LONGEST_FIELD)
-    with source.open() as file:
+    # newline="": line ends inside quotes belong to the text
+    with source.open() as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
         # "strict": an unclosed quote is an error and does not swallow the rest of the file into one text
-        rows = csv.reader(codecs.getreader("utf-8-sig")(file), strict=True)
+        rows = csv.reader(lines, strict=True)
         number = 0
         try:
             header = next((row for row in rows if row), [])
+            if not header:
+                raise InputError(f"{source.place} is empty; leave it out")
             columns.check(header, source.place)
             for row in rows:
                 if not row:  # an empty line; an empty field is written ""
@@ -111,7 +117,11 @@ def read_parquet(source: Source, columns: Columns) -> Iterator[Item]:
                 for row in batch.to_pylist():
                     number += 1
                     yield columns.document(row, source, number)
-    except pa.ArrowInvalid as error:
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's reason; without a number it is Arrow's word for damaged data
         raise InputError(f"{source.place} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
     if number == 0:
         raise InputError(f"{source.place} has no rows; leave it out")
@@ -128,6 +138,6 @@ def _check_types(schema: Any, source: Source, columns: Columns) -> None:
         if column == columns.text and not (text or t.is_null(value)):
             raise InputError(f"{source.place}: expected text in column {column!r}, found {kind}")
         if column == columns.id and not (text or t.is_integer(value)):
-            raise InputError(f"{source.place}: expected strings or whole numbers as ids in column {column!r}, found {kind}")
+            raise InputError(f"{source.place}: expected strings or integers as ids in column {column!r}, found {kind}")
         if t.is_nested(value):
             raise InputError(f"{source.place}: expected flat values in column {column!r}, found {kind}")

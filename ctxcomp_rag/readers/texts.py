@@ -20,7 +20,11 @@ def read_text(source: Source, columns: Columns) -> Iterator[Item]:
 def read_html(source: Source, columns: Columns) -> Iterator[Item]:
     with source.open() as file:
         page = decode(file.read(), source.place)
-    yield _whole(visible_text(page), source, "has no visible text")
+    try:
+        text = visible_text(page)
+    except AssertionError as error:  # the standard library's parser, on declarations it does not know
+        raise InputError(f"{source.place} is not readable HTML: {error}") from error
+    yield _whole(text, source, "has no visible text")
 
 
 def read_stdin(source: Source, columns: Columns) -> Iterator[Item]:
@@ -42,7 +46,7 @@ def read_pdf(source: Source, columns: Columns) -> Iterator[Item]:
     try:
         from pypdf import PdfReader
     except ImportError as error:
-        raise InputError(f"{source.place}: reading PDF needs one more package: pip install 'ctxcomp-rag[pdf]'") from error
+        raise InputError(f"{source.place}: reading PDF needs pypdf; run pip install 'ctxcomp-rag[pdf]'") from error
     with source.open() as file:
         try:
             reader = PdfReader(file)
@@ -68,18 +72,20 @@ def _whole(text: str, source: Source, empty: str = "is empty; leave it out") -> 
     return source.place, Document(source.name, text, {"source": source.name})
 
 
-_UNSEEN = frozenset("script style template noscript noframes noembed iframe".split())
-_BLOCKS = frozenset(
-    "address article aside blockquote body details dialog div dl fieldset figcaption figure footer form h1 h2 h3 h4 "
-    "h5 h6 header hr main nav ol p pre section summary table title ul".split()
-)
-_LINES = frozenset("caption dd dt legend li option tr".split())
-_CELLS = frozenset("td th".split())
+_UNSEEN = frozenset({"script", "style", "template", "noscript", "noframes", "noembed", "iframe"})
+_BLOCKS = frozenset({
+    "address", "article", "aside", "blockquote", "body", "details", "dialog", "div", "dl", "fieldset",
+    "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "main", "nav",
+    "ol", "p", "pre", "section", "summary", "table", "title", "ul",
+})
+_LINES = frozenset({"caption", "dd", "dt", "legend", "li", "option", "tr"})
+_CELLS = frozenset({"td", "th"})
 # `hidden` is obeyed only where the end tag may not be left out: an unclosed <p hidden> would hide all that follows.
-_MAY_STAY_OPEN = frozenset(
-    "area base body br caption col colgroup dd dt embed head hr html img input li link meta optgroup option p param rp "
-    "rt source tbody td tfoot th thead tr track wbr".split()
-)
+_MAY_STAY_OPEN = frozenset({
+    "area", "base", "body", "br", "caption", "col", "colgroup", "dd", "dt", "embed", "head", "hr", "html",
+    "img", "input", "li", "link", "meta", "optgroup", "option", "p", "param", "rp", "rt", "source", "tbody",
+    "td", "tfoot", "th", "thead", "tr", "track", "wbr",
+})
 _INVISIBLE_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
 _HTML_SPACE = re.compile(r"[ \t\n\r\f]+")  # a no-break space is none of them
 
@@ -132,7 +138,7 @@ class _VisibleText(HTMLParser):
         if self.unseen:
             return
         if self.preformatted:
-            self._emit(data)
+            self._emit(data.removeprefix("\n") if self.gap == "\n\n" else data)  # as browsers do after <pre>
             return
         data = _HTML_SPACE.sub(" ", data)
         if data.startswith(" "):

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from ctxcomp_rag.evaluation.fictional import NOT_STATED, FictionalDocument, Split, generate_document
 
-MAX_CHUNK = 128
+MAX_CHUNK = 144
 BOS, EOS = "<|bos|>", "<|end|>"
 SPECIALS = ("<|pad|>", BOS, EOS, "<|system|>", "<|user|>", "<|assistant|>")
 
@@ -132,7 +132,7 @@ class Corpus:
         while True:
             document = generate_document(rng, self.split, kind=kind)
             ids = self.ids(document.text)
-            if len(ids) <= MAX_CHUNK + 32:
+            if len(ids) <= MAX_CHUNK:
                 return ids, document
 
     def fictional_branches(self, rng: random.Random, document: FictionalDocument, count: int,
@@ -175,9 +175,9 @@ class Corpus:
     def reconstruction(self, ids: list[int], autoencode_id: int) -> Branch:
         return Branch([autoencode_id, *ids, self.eos], 1, "reconstruct")
 
-    def random_row(self, rng: random.Random, factor: float, autoencode_id: int) -> Row:
-        """Random tokens: nothing but the slots can tell what they were."""
-        ids = [rng.randrange(len(SPECIALS), self.tokenizer.get_vocab_size()) for _ in range(rng.randint(8, 64))]
+    def random_row(self, rng: random.Random, factor: float | None, autoencode_id: int, longest: int = 64) -> Row:
+        """Random tokens to repeat: nothing but the context can tell what they were."""
+        ids = [rng.randrange(len(SPECIALS), self.tokenizer.get_vocab_size()) for _ in range(rng.randint(8, longest))]
         return Row([], [(ids, factor)], [self.reconstruction(ids, autoencode_id)], source="random")
 
     def single_row(self, rng: random.Random, source: str, factor: float | None, autoencode_id: int) -> Row:

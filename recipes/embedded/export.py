@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from data import BOS, EOS
-from model import PROJECTIONS, Model, Shape
+from model import PRESETS, PROJECTIONS, Model, Shape
 from safetensors.torch import load_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -56,9 +56,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--segment-tokens", type=int, default=128)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="base")
+    parser.add_argument("--segment-tokens", type=int, default=144)
     args = parser.parse_args()
-    shape = Shape()
+    shape = PRESETS[args.preset]
     model = Model(shape)
     tensors = load_file(args.checkpoint)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})

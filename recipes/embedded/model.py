@@ -34,6 +34,12 @@ class Shape:
         return self.hidden_size // self.num_heads
 
 
+PRESETS = {
+    # what two cores without bf16 instructions train in about an hour; home ground first, little English
+    "small": Shape(vocab_size=1024, hidden_size=192, num_layers=4, num_heads=6, intermediate_size=512),
+    "base": Shape(),
+}
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import MAX_CHUNK, SPECIALS, Corpus, Row, read_lines, read_squad
-from model import Model, Shape
+from data import SPECIALS, Corpus, Row, read_lines, read_squad
+from model import PRESETS, Model, Shape
 from muon import Muon
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -59,7 +59,7 @@ def train_tokenizer(data: Path, vocab_size: int) -> Tokenizer:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     rng = random.Random(0)
-    texts = [generate_document(rng, "train").text for _ in range(6000)]
+    texts = [generate_document(rng, "train").text for _ in range(20000)]
     texts += [p["context"] for a in read_squad(data / "squad-train-v1.1.json.xz") for p in a["paragraphs"]][::6]
     texts += [q["question"] for a in read_squad(data / "squad-train-v1.1.json.xz")
               for p in a["paragraphs"] for q in p["qas"]][::20]
@@ -257,9 +257,10 @@ def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, s
         return range(max(1, round(n * scale)))
 
     if stage == "text":
-        rows = [corpus.single_row(rng, s, None, ae) for s, n in (("fictional", 10),)
+        rows = [corpus.single_row(rng, s, None, ae) for s, n in (("fictional", 14),)
                 for _ in count(n)]
-        return rows + [several("fictional", 1.0) for _ in count(1)]
+        rows += [corpus.random_row(rng, None, ae, 24) for _ in count(8)]  # copying forms on these first
+        return rows + [several("fictional", 1.0) for _ in count(2)]
     frozen = stage == "compressor"
     rows = [corpus.single_row(rng, s, factor(), ae) for s, n in (("fictional", 6), ("squad", 1), ("wiki", 1))
             for _ in count(n)]
@@ -335,6 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with squad-*.json.xz and wiki-*.jsonl.xz")
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer, checkpoints and log")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="base", help="sizes of the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="rows per step, relative to the default")
     parser.add_argument("--wiki-files", type=int, default=1)
@@ -345,7 +347,7 @@ def main() -> None:
     args = parser.parse_args()
     schedule = Schedule(**{name: getattr(args, name) for name in asdict(Schedule())})
     args.out.mkdir(parents=True, exist_ok=True)
-    shape = Shape()
+    shape = PRESETS[args.preset]
     tokenizer_path = args.out / "tokenizer.json"
     if not tokenizer_path.exists():
         train_tokenizer(args.data, shape.vocab_size).save(str(tokenizer_path))

@@ -1,0 +1,43 @@
+"""The embedded model on held-out documents of its home ground.
+
+    python benchmarks/home_ground.py [--documents 300] [--seed 1] [--out benchmarks/results/home_ground.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from common import print_table, write_result
+
+from ctxcomp_rag.backbone import load_frozen
+from ctxcomp_rag.compressors import load_compressor
+from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground
+from ctxcomp_rag.pipeline import load_trained_compressor
+from ctxcomp_rag.retrieval import load_retrieval_encoder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--model", help="folder with decoder/ and icae/ [default: the embedded model]")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/home_ground.json"))
+    args = parser.parse_args()
+    if args.model:
+        backbone = load_frozen(Path(args.model) / "decoder")
+        compressor = load_compressor(Path(args.model) / "icae", backbone)
+    else:
+        compressor = load_trained_compressor("icae", load_frozen())
+    report = evaluate_home_ground(compressor, load_retrieval_encoder(), documents=args.documents, seed=args.seed)
+    result = asdict(report)
+    rows = [{"system": name, "em": report.exact_match[name], "em_retrieved": report.exact_match_retrieved.get(name),
+             "false_answers": report.false_answers.get(name)} for name in report.exact_match]
+    print_table(rows)
+    print(f"reconstruction BLEU at 4x: {report.reconstruction_bleu}")
+    write_result(args.out, {"seed": args.seed, **result, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

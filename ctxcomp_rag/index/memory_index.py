@@ -1,0 +1,432 @@
+"""MemoryIndex: a folder in which the vector, the memory span and the text of a chunk live and die together."""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, IndexFolderError, InputError
+from ctxcomp_rag.index.folder import TABLE, Manifest, WriterLock, disk_full_error, folder_bytes, is_disk_full
+from ctxcomp_rag.index.inputs import checked_vectors, places_of_chunks
+from ctxcomp_rag.index.span_store import Row, SpanTable, manifest_files, set_aside_torn_manifests
+from ctxcomp_rag.index.vectors import CURRENT, VectorIndex
+from ctxcomp_rag.index.verify import VerifyReport, check_rows, check_vectors
+from ctxcomp_rag.index.where import Where, matching_rows
+from ctxcomp_rag.spans import MemorySpan, SpanSpec
+
+T = TypeVar("T")
+# A snapshot is written when it would save replaying this many rows, or a quarter of all: the cost stays linear.
+_SNAPSHOT_ROWS = 4096
+_COMMITS_BETWEEN_COMPACTIONS = 256
+
+
+@dataclass(frozen=True)
+class AddReport:
+    """Chunks committed by one `add`, and chunks that were there already."""
+
+    added: int
+    skipped: int
+
+
+@dataclass(frozen=True)
+class RetrievedSpan:
+    """A chunk with its span. `score`: cosine similarity to the query; nan where there was no query."""
+
+    chunk: Chunk
+    span: MemorySpan
+    score: float
+
+
+class MemoryIndex:
+    """Compressed chunks on disk, searched by vector. Make one with `create` or `open`.
+
+    Any number of readers and at most one writer, over all processes. A reader sees the version it opened until
+    `refresh`. All methods may be called from several threads.
+
+    Attributes:
+        spec: what the spans are and which decoder reads them.
+        vector_size: numbers per vector.
+        retrieval_encoder: name of what made the vectors.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, table: SpanTable, vectors: VectorIndex, saved: int,
+                 read_only: bool) -> None:
+        self.path, self.read_only = path, read_only
+        self.spec, self.vector_size = manifest.spec, manifest.vector_size
+        self.retrieval_encoder = manifest.retrieval_encoder
+        self._table, self._vectors = table, vectors
+        self._saved_version, self._unsaved_rows, self._commits = saved, 0, 0
+        self._writer = WriterLock(path)
+        self._writing = threading.RLock()  # one writing thread at a time
+        self._state = threading.RLock()  # `_table` and `_vectors` change together
+        self._closed = False
+
+    # ---- opening and closing
+
+    @classmethod
+    def create(cls, path: str | Path, spec: SpanSpec, *, vector_size: int, retrieval_encoder: str) -> Self:
+        """Make an empty index in a new or empty folder.
+
+        Raises:
+            IndexFolderError: something is there already, or the folder cannot be written.
+        """
+        path = Path(path).absolute()
+        if vector_size < 1:
+            raise InputError(f"expected vector_size of at least 1, got {vector_size}")
+        if path.exists() and not path.is_dir():
+            raise IndexFolderError(f"expected a new folder at {path}, but a file is there. Choose another path.")
+        if path.is_dir() and any(path.iterdir()):
+            what = "an index is there already" if (path / "index.json").exists() else "it holds other files"
+            raise IndexFolderError(
+                f"expected a new or empty folder at {path}, but {what}. Open it with MemoryIndex.open(path), "
+                f"delete it, or choose another path."
+            )
+        manifest = Manifest(spec, vector_size, retrieval_encoder)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            SpanTable.create(path / TABLE, vector_size)
+            manifest.write(path)
+        except OSError as error:
+            if is_disk_full(error):
+                raise disk_full_error(path, f"the new index {path} was not made") from error
+            raise IndexFolderError(f"expected to be able to write to {path}, got: {error}. "
+                                   f"Choose a folder that you may write to.") from error
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | Path, *, read_only: bool = False) -> Self:
+        """Open an index. Takes no lock; the first write does.
+
+        Raises:
+            IndexFolderError: there is no index.
+            IndexDamagedError: the manifest, or every version of the table, is unreadable.
+        """
+        path = Path(path).absolute()
+        manifest = Manifest.read(path)
+        table = SpanTable.open(path / TABLE)
+        # A version number that was lost with its manifest is given out again: a snapshot of it may be another one
+        fell_back = table.version != manifest_files(path / TABLE)[0][0]
+        vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=not fell_back)
+        return cls(path, manifest, table, vectors, saved, read_only)
+
+    def close(self) -> None:
+        """Save the search snapshot if this object wrote, and release the writer's lock."""
+        with self._writing:
+            if self._writer.held:
+                self._save_snapshot()
+                self._writer.release()
+            self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._table.rows)
+
+    def __repr__(self) -> str:
+        return f"MemoryIndex({str(self.path)!r}, {len(self)} chunks, version {self._table.version})"
+
+    def refresh(self) -> None:
+        """See what other processes have committed since."""
+        with self._writing, self._state:
+            if self._table.latest_version() != self._table.version:
+                self._publish(SpanTable.open(self.path / TABLE))
+
+    # ---- writing
+
+    def add(self, chunks: Sequence[Chunk], spans: Sequence[MemorySpan], vectors: NDArray[Any], *, spec: SpanSpec
+            ) -> AddReport:
+        """Store chunks with their spans and vectors: all, or none if it fails. Chunks already there are skipped.
+
+        Args:
+            spans: `spans[i].chunk_id == chunks[i].id`.
+            vectors: (len(chunks), vector_size), finite, not zero; any length, scores are cosine similarities.
+            spec: the specification of the compressor that made the spans.
+
+        Raises:
+            IncompatibleSpanError: the spans were made for another decoder or by another compressor.
+            SpanShapeError: a span does not have the sizes of this index.
+            InputError: the three lists do not fit together, or something in them cannot be stored.
+            IndexLockedError: somebody else is writing.
+            IndexFolderError: the index was opened read-only, or the disk is full.
+        """
+        self.spec.require_compressor(spec)
+        rows = places_of_chunks(chunks, spans, vectors, self.spec, self.vector_size)
+        with self._writing:
+            self._begin_writing()
+            fresh = [i for chunk_id, i in rows.items() if chunk_id not in self._table.rows]
+            if fresh:
+                made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32)) for i in fresh]
+                what = f"none of the {len(made)} chunks of this batch was committed to {self.path}"
+                table = self._on_disk(lambda: self._table.append(made, self.vector_size), what)
+                with self._state:
+                    ids = np.array([table.rows[row.chunk.id] for row in made], np.int64)
+                    self._vectors.add(ids, np.stack([row.vector for row in made]))
+                    self._table = table
+                self._after_commit(len(made))
+        return AddReport(len(fresh), len(chunks) - len(fresh))
+
+    def missing(self, chunk_ids: Iterable[str]) -> set[str]:
+        """Those of the given chunk ids that are not in the index: what a resumed job still has to do."""
+        rows = self._table.rows
+        return {chunk_id for chunk_id in chunk_ids if chunk_id not in rows}
+
+    def delete(self, *, chunk_ids: Iterable[str] | None = None, document_ids: Iterable[str] | None = None) -> int:
+        """Remove chunks, or all chunks of documents, in one commit; returns how many there were. Unknown ids are
+        ignored. The bytes leave the disk with `compact`.
+
+        Raises:
+            IndexLockedError, IndexFolderError: as for `add`.
+        """
+        if chunk_ids is None and document_ids is None:
+            raise InputError("expected chunk_ids or document_ids to delete, got neither")
+        if isinstance(chunk_ids, str) or isinstance(document_ids, str):
+            raise InputError("expected a list of ids to delete, got a single string; put it into a list")
+        with self._writing:
+            self._begin_writing()
+            names = set(chunk_ids or ())
+            for document_id in document_ids or ():
+                names.update(self._table.documents.get(document_id, ()))
+            row_ids = sorted(self._table.rows[name] for name in names if name in self._table.rows)
+            if row_ids:
+                table = self._on_disk(lambda: self._table.delete(row_ids), f"nothing was deleted from {self.path}")
+                with self._state:
+                    self._vectors.remove(np.array(row_ids, np.int64))
+                    self._table = table
+                self._after_commit(len(row_ids))
+        return len(row_ids)
+
+    def compact(self, *, drop_unreadable: bool = False) -> None:
+        """Merge small files, erase deleted chunks and old versions from the disk, save the search snapshot.
+
+        Readers that opened an older version move on to the new one when they next read.
+
+        Args:
+            drop_unreadable: give up the chunks in data files that cannot be read.
+
+        Raises:
+            IndexDamagedError: a data file cannot be read.
+        """
+        with self._writing:
+            self._begin_writing()
+            table = self._table
+            if table.unreadable and not drop_unreadable:
+                raise IndexDamagedError(
+                    f"expected readable data files in {self.path}, but these are not: "
+                    f"{', '.join(table.unreadable)}. Restore them from a copy, or give up their chunks with "
+                    f"compact(drop_unreadable=True) and precompress their documents again."
+                )
+            self._on_disk(lambda: self._compact(table), f"{self.path} was not compacted")
+            self._save_snapshot()
+
+    def _compact(self, table: SpanTable) -> None:
+        self._publish((table.drop_unreadable() if table.unreadable else table).compact())
+        self._commits = 0
+
+    def _begin_writing(self) -> None:
+        if self._closed:
+            raise IndexFolderError(f"{self.path} was closed; open it again with MemoryIndex.open(path).")
+        if self.read_only:
+            raise IndexFolderError(f"{self.path} was opened for reading; open it with read_only=False to write.")
+        if self._writer.acquire():
+            try:
+                if set_aside_torn_manifests(self.path / TABLE):
+                    (self.path / CURRENT).unlink(missing_ok=True)  # it may be of a version that never was
+            except BaseException:
+                self._writer.release()
+                raise
+        self.refresh()  # after others' commits, and after an own one that was interrupted before it was noted
+
+    def _on_disk(self, write: Callable[[], T], what: str) -> T:
+        try:
+            return write()
+        except CtxcompError:
+            raise
+        except Exception as error:
+            # the commit itself may have succeeded and its fsync failed: ask the disk, not ourselves
+            self.refresh()
+            if is_disk_full(error):
+                raise disk_full_error(self.path, what) from error
+            raise IndexFolderError(f"{what}: {error}. Check the disk and the folder's permissions, then run the same "
+                                   f"command again.") from error
+
+    def _after_commit(self, changed: int) -> None:
+        self._unsaved_rows += changed
+        self._commits += 1
+        if self._commits >= _COMMITS_BETWEEN_COMPACTIONS and not self._table.unreadable:
+            self._on_disk(lambda: self._compact(self._table), f"the batch is committed, but {self.path} not compacted")
+        if self._unsaved_rows >= max(_SNAPSHOT_ROWS, len(self) // 4):
+            self._save_snapshot()
+
+    def _save_snapshot(self) -> None:
+        if self._saved_version == self._table.version:
+            return
+        try:
+            self._vectors.save(self.path, self._table.version)
+            self._saved_version, self._unsaved_rows = self._table.version, 0
+        except OSError as error:  # it only saves time at the next open
+            warnings.warn(f"the search snapshot of {self.path} was not saved ({error}); opening will take longer.",
+                          stacklevel=3)
+
+    def _publish(self, table: SpanTable) -> None:
+        with self._state:
+            _replay(self._vectors, table)
+            self._table = table
+
+    # ---- reading
+
+    def get(self, chunk_ids: Sequence[str]) -> list[RetrievedSpan]:
+        """Chunks and spans in the order of the ids, checked against their checksums; score is nan.
+
+        Raises:
+            InputError: there is no such chunk.
+            IndexDamagedError: names a chunk whose bytes are not those that were written.
+        """
+        def read(table: SpanTable) -> list[RetrievedSpan]:
+            unknown = [c for c in chunk_ids if c not in table.rows]
+            if unknown:
+                raise InputError(f"expected ids of chunks in {self.path}, got {unknown[0]!r}"
+                                 f"{f' and {len(unknown) - 1} more unknown ones' if len(unknown) > 1 else ''}.")
+            found = table.read_rows([table.rows[c] for c in dict.fromkeys(chunk_ids)])
+            return [RetrievedSpan(*found[table.rows[c]][:2], math.nan) for c in chunk_ids]
+
+        return self._reading(read)
+
+    def search(self, vectors: NDArray[Any], top_k: int, *, where: Where | None = None) -> list[list[RetrievedSpan]]:
+        """The `top_k` nearest chunks of each query with their spans, best first.
+
+        Args:
+            vectors: (q, vector_size), or (vector_size,) for one query; any length.
+            where: metadata key, or "document_id", to a value or a list of values; all have to match. Applied before
+                the best are chosen, so that `min(top_k, matches)` chunks come back.
+
+        Returns:
+            One list per query; scores are cosine similarities.
+
+        Raises:
+            InputError: top_k below 1, vectors of another size, NaN.
+            IndexDamagedError: names a chunk whose bytes are not those that were written.
+        """
+        def read(table: SpanTable, hits: list[list[tuple[int, float]]]) -> list[list[RetrievedSpan]]:
+            found = table.read_rows(sorted({row_id for hit in hits for row_id, _ in hit}))
+            return [[RetrievedSpan(*found[row_id][:2], score) for row_id, score in hit] for hit in hits]
+
+        return self._searching(vectors, top_k, where, read)
+
+    def search_chunks(self, vectors: NDArray[Any], top_k: int, *, where: Where | None = None
+                      ) -> list[list[tuple[Chunk, float]]]:
+        """Like `search`, but without reading the spans: for rerankers, evaluation, and plain text."""
+        def read(table: SpanTable, hits: list[list[tuple[int, float]]]) -> list[list[tuple[Chunk, float]]]:
+            found = table.read_chunks(sorted({row_id for hit in hits for row_id, _ in hit}))
+            return [[(found[row_id], score) for row_id, score in hit] for hit in hits]
+
+        return self._searching(vectors, top_k, where, read)
+
+    def document_chunks(self, document_id: str) -> list[str]:
+        """Ids of a document's chunks in the order of the text; [] for an unknown document."""
+        def read(table: SpanTable) -> list[str]:
+            names = table.documents.get(document_id, [])
+            return table.in_text_order(names) if len(names) > 1 else list(names)
+
+        return self._reading(read)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All chunks, oldest first, without reading spans."""
+        names = list(self._table.rows)
+        for start in range(0, len(names), 1024):
+            def read(table: SpanTable, batch: Sequence[str] = names[start : start + 1024]) -> list[Chunk]:
+                row_ids = [table.rows[name] for name in batch if name in table.rows]
+                found = table.read_chunks(row_ids)
+                return [found[row_id] for row_id in row_ids]
+
+            yield from self._reading(read)
+
+    def stats(self) -> dict[str, int]:
+        """chunks, documents, bytes (of the folder), span_bytes, text_bytes, source_tokens, slots."""
+        def read(table: SpanTable) -> dict[str, int]:
+            return {"chunks": len(table.rows), "documents": len(table.documents), "bytes": folder_bytes(self.path),
+                    **table.totals()}
+
+        return self._reading(read)
+
+    def verify(self) -> VerifyReport:
+        """Read every row and compare it with its checksum, the specification and the search vectors.
+
+        Search vectors that do not fit are made again from the table; `notes` says so.
+        """
+        def check(table: SpanTable) -> VerifyReport:
+            damaged = check_rows(table, self.spec, self.vector_size)
+            with self._state:
+                current = table.version == self._table.version
+                notes = check_vectors(table, self._vectors) if current and not damaged else []
+                if notes:
+                    self._vectors.remove(self._vectors.ids())
+                    self._publish(table)
+            return VerifyReport(len(table.rows), damaged, notes)
+
+        return self._reading(check)
+
+    def _searching(self, vectors: NDArray[Any], top_k: int, where: Where | None,
+                   read: Callable[[SpanTable, list[list[tuple[int, float]]]], list[list[T]]]) -> list[list[T]]:
+        if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
+            raise InputError(f"expected top_k of at least 1, got {top_k!r}")
+        array = np.asarray(vectors)
+        queries = checked_vectors(array[None] if array.ndim == 1 else array, self.vector_size, lambda i: f"query {i}")
+
+        def search(_: SpanTable) -> list[list[T]]:
+            table = self._table
+            among = None if not where else matching_rows(table.filter_columns, where)
+            with self._state:
+                # unfiltered hits may be rows that came after `table`; hits among its rows can be read from it
+                table = self._table if among is None else table
+                hits = self._vectors.search(queries, int(top_k), among=among)
+            return read(table, [list(zip(i.tolist(), s.tolist(), strict=True)) for i, s in hits])
+
+        return self._reading(search)
+
+    def _reading(self, read: Callable[[SpanTable], T]) -> T:
+        """Read from the version that is open; where a writer has compacted it away meanwhile, from the latest."""
+        table = self._table
+        try:
+            return read(table)
+        except (InputError, IndexDamagedError):
+            raise
+        except Exception:
+            self.refresh()
+        try:
+            return read(self._table)
+        except (InputError, IndexDamagedError):
+            raise
+        except Exception as error:
+            raise IndexDamagedError(f"expected readable data files in {self.path}, got: {error}. "
+                                    f"Run verify() to see which chunks are concerned.") from error
+
+
+def _vectors_for(path: Path, vector_size: int, table: SpanTable, *, trust_snapshot: bool) -> tuple[VectorIndex, int]:
+    """Search vectors for exactly the rows of `table`, and the version of the snapshot that is on the disk."""
+    loaded = VectorIndex.load(path, vector_size) if trust_snapshot else None
+    vectors, saved = loaded or (VectorIndex(vector_size), -1)
+    _replay(vectors, table)
+    return vectors, saved
+
+
+def _replay(vectors: VectorIndex, table: SpanTable) -> None:
+    """Row ids are never given out twice and rows never change, so the ids alone say what differs."""
+    live = np.fromiter(table.rows.values(), np.int64, len(table.rows))
+    known = vectors.ids()
+    vectors.remove(np.setdiff1d(known, live))
+    new = np.setdiff1d(live, known)
+    if len(new):
+        vectors.add(*table.vectors(new))

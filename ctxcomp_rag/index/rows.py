@@ -1,0 +1,169 @@
+"""A row of the span table: a span as bytes, the schema, the checksum."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.errors import IndexDamagedError, InputError
+from ctxcomp_rag.spans import KVSpan, MemorySpan, SoftSpan
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+CHUNK_COLUMNS = ["chunk_id", "document_id", "start", "end", "num_tokens", "text", "metadata"]
+
+
+# ---- a span as bytes -------------------------------------------------------------------------------------------
+
+
+def span_to_bytes(span: MemorySpan) -> bytes:
+    """A safetensors file: the tensors bit for bit, the rest as JSON in its header. Inverse: `span_from_bytes`."""
+    tensors: dict[str, Tensor] = {"positions": span.positions}
+    if isinstance(span, SoftSpan):
+        tensors["embeds"] = span.embeds
+    elif isinstance(span, KVSpan):
+        tensors |= {"keys": span.keys, "values": span.values}
+    else:
+        raise InputError(f"expected a SoftSpan or a KVSpan, got {type(span).__name__}")
+    about = {"kind": span.kind, "chunk_id": span.chunk_id, "num_source_tokens": span.num_source_tokens,
+             "num_positions": span.num_positions}
+    # safetensors refuses views that share storage, such as kv[0] and kv[1]
+    owned = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    return safetensors.torch.save(owned, metadata={"span": json.dumps(about)})
+
+
+def span_from_bytes(data: bytes) -> MemorySpan:
+    """
+    Raises:
+        ValueError: these are not the bytes of a span.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+        (length,) = struct.unpack_from("<Q", data)
+        about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["span"])
+        common = (about["chunk_id"], about["num_source_tokens"], tensors["positions"], about["num_positions"])
+        if about["kind"] == "kv":
+            return KVSpan(*common, tensors["keys"], tensors["values"])
+        return SoftSpan(*common, tensors["embeds"])
+    except (safetensors.SafetensorError, struct.error, KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"not a memory span: {error}") from error
+
+
+# ---- a row -----------------------------------------------------------------------------------------------------
+
+
+def metadata_to_json(metadata: Mapping[str, Any], name: str) -> str:
+    """Raises InputError unless all values are str, int, float, bool or None."""
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not (value is None or isinstance(value, str | int | float | bool)):
+            raise InputError(
+                f"chunk {name!r}: expected metadata of str keys and str, int, float, bool or None values, "
+                f"got {key!r}: {type(value).__name__}. Turn it into text, or leave it out."
+            )
+    return json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One chunk as it is stored. `vector`: (vector_size,) float32."""
+
+    chunk: Chunk
+    metadata: str
+    vector: NDArray[np.float32]
+    span: bytes
+    num_slots: int
+    num_source_tokens: int
+
+    @classmethod
+    def make(cls, chunk: Chunk, span: MemorySpan, vector: NDArray[np.float32]) -> Row:
+        metadata = metadata_to_json(chunk.metadata, chunk.id)
+        return cls(chunk, metadata, vector, span_to_bytes(span), span.num_slots, span.num_source_tokens)
+
+    @property
+    def checksum(self) -> int:
+        """crc32 over every stored field: a flipped bit in the text or the vector is found like one in the span."""
+        c = self.chunk
+        numbers = (c.start, c.end, c.num_tokens, self.num_slots, self.num_source_tokens)
+        fields = json.dumps([c.id, c.document_id, c.text, self.metadata, numbers])
+        crc = zlib.crc32(fields.encode())
+        return zlib.crc32(self.span, zlib.crc32(self.vector.astype("<f4").tobytes(), crc))
+
+
+def arrow_schema(vector_size: int) -> pa.Schema:
+    import lance
+    import pyarrow as pa
+
+    # one row per chunk id; Lance checks that in merge_insert, we check it in MemoryIndex.add
+    key = {b"lance-schema:unenforced-primary-key": b"true"}
+    return pa.schema(
+        [
+            pa.field("chunk_id", pa.string(), nullable=False, metadata=key),
+            pa.field("document_id", pa.string()),
+            pa.field("start", pa.int64()),
+            pa.field("end", pa.int64()),
+            pa.field("num_tokens", pa.int64()),
+            pa.field("text", pa.string()),
+            pa.field("metadata", pa.string()),
+            pa.field("num_slots", pa.int64()),
+            pa.field("num_source_tokens", pa.int64()),
+            pa.field("vector", pa.list_(pa.float32(), vector_size)),
+            pa.field("crc", pa.uint32()),
+            lance.blob_field("span"),
+        ]
+    )
+
+
+def rows_to_arrow(rows: Sequence[Row], vector_size: int) -> pa.Table:
+    import lance
+    import pyarrow as pa
+
+    flat = np.concatenate([row.vector for row in rows]).astype(np.float32)
+    columns = {
+        "chunk_id": [r.chunk.id for r in rows],
+        "document_id": [r.chunk.document_id for r in rows],
+        "start": [r.chunk.start for r in rows],
+        "end": [r.chunk.end for r in rows],
+        "num_tokens": [r.chunk.num_tokens for r in rows],
+        "text": [r.chunk.text for r in rows],
+        "metadata": [r.metadata for r in rows],
+        "num_slots": [r.num_slots for r in rows],
+        "num_source_tokens": [r.num_source_tokens for r in rows],
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(flat), vector_size),
+        "crc": pa.array([r.checksum for r in rows], pa.uint32()),
+        "span": lance.blob_array([r.span for r in rows]),
+    }
+    return pa.table(columns, schema=arrow_schema(vector_size))
+
+
+def row_to_chunk(row: Mapping[str, Any]) -> Chunk:
+    return Chunk(row["document_id"], row["text"], row["start"], row["end"], row["num_tokens"],
+                 json.loads(row["metadata"]))
+
+
+def checked_row(row: Mapping[str, Any], vector: NDArray[np.float32]) -> tuple[Chunk, MemorySpan]:
+    name, document = row["chunk_id"], row["document_id"]
+    advice = "Run verify(), delete the damaged chunks, and compress their documents again."
+    try:
+        chunk = row_to_chunk(row)
+        stored = Row(chunk, row["metadata"], vector, row["span"], row["num_slots"], row["num_source_tokens"])
+        if chunk.id != name or stored.checksum != row["crc"]:
+            raise ValueError("the stored bytes do not match their checksum")
+        span = span_from_bytes(row["span"])
+        if span.chunk_id != name:
+            raise ValueError(f"the span stored with it belongs to chunk {span.chunk_id!r}")
+    except (ValueError, TypeError) as error:
+        raise IndexDamagedError(f"chunk {name!r} of document {document!r} is damaged: {error}. {advice}") from error
+    return chunk, span

@@ -1,0 +1,413 @@
+"""The Lance table that holds one row per chunk: text, vector, span, checksum.
+
+A `SpanTable` is one version of the table and never changes; `append`, `delete` and `compact` return the next one.
+The Lance version is the only commit point of an index. Rows are named by Lance's stable row ids, which grow,
+survive compaction and are never given out twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.errors import IndexDamagedError
+from ctxcomp_rag.index.folder import folder_bytes, fsync_all, fsync_path
+from ctxcomp_rag.index.rows import CHUNK_COLUMNS, Row, arrow_schema, checked_row, row_to_chunk, rows_to_arrow
+from ctxcomp_rag.spans import MemorySpan
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FILE_VERSION: Final = "2.2"
+ROWS_PER_READ = 64
+_FILE_BYTES = 2**30  # compaction makes files of about this size
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """Which chunk is in which row: what is asked for every chunk of a corpus, and so must not need the disk."""
+
+    EMPTY: ClassVar[Names]
+    rows: dict[str, int]
+    documents: dict[str, list[str]]
+
+    def plus(self, added: Iterable[tuple[str, str, int]]) -> Names:
+        """With these (chunk id, document id, row id)."""
+        rows, new = dict(self.rows), defaultdict[str, list[str]](list)
+        for chunk_id, document_id, row_id in added:
+            rows[chunk_id] = row_id
+            new[document_id].append(chunk_id)
+        # lists are replaced, not extended: older versions of the table share them
+        return Names(rows, self.documents | {d: self.documents.get(d, []) + chunks for d, chunks in new.items()})
+
+    def minus(self, row_ids: set[int]) -> Names:
+        rows = {chunk_id: row_id for chunk_id, row_id in self.rows.items() if row_id not in row_ids}
+        documents = {}
+        for document_id, chunk_ids in self.documents.items():
+            left = chunk_ids if all(c in rows for c in chunk_ids) else [c for c in chunk_ids if c in rows]
+            if left:
+                documents[document_id] = left
+        return Names(rows, documents)
+
+
+Names.EMPTY = Names({}, {})
+
+
+@dataclass(frozen=True, eq=False)
+class FilterColumns:
+    """What a filter looks at, with each distinct value once.
+
+    Attributes:
+        row_ids: (n,).
+        by_document: document id -> places in `row_ids`.
+        distinct: the different metadata.
+        metadata: (n,) places in `distinct`.
+    """
+
+    row_ids: NDArray[np.int64]
+    by_document: dict[str, NDArray[np.int64]]
+    distinct: list[dict[str, Any]]
+    metadata: NDArray[np.int64]
+
+
+class SpanTable:
+    """One version of the table. Every method may be called from several threads.
+
+    Attributes:
+        version: the Lance version.
+        rows: chunk id -> row id, for every readable row, oldest first.
+        documents: document id -> its chunk ids, oldest first.
+        unreadable: data files that cannot be read, with the reason; their rows are not in `rows`.
+    """
+
+    def __init__(self, dataset: Any, names: Names | None = None, unreadable: Mapping[str, str] | None = None) -> None:
+        self._dataset = dataset
+        self._good: list[Any] | None = None
+        self.version = int(dataset.version)
+        self.unreadable: dict[str, str] = dict(unreadable or {})
+        if self.unreadable:
+            self._good = [f for f in dataset.get_fragments() if not set(_data_files(f)) & set(self.unreadable)]
+        self._names = names or self._read_names()
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return self._names.rows
+
+    @property
+    def documents(self) -> dict[str, list[str]]:
+        return self._names.documents
+
+    @property
+    def path(self) -> Path:
+        return Path(self._dataset.uri)
+
+    @classmethod
+    def create(cls, path: Path, vector_size: int) -> SpanTable:
+        import lance
+        import pyarrow as pa
+
+        schema = arrow_schema(vector_size)
+        dataset = lance.write_dataset(
+            pa.Table.from_batches([], schema=schema), str(path), schema=schema, mode="create",
+            data_storage_version=FILE_VERSION, enable_stable_row_ids=True,
+        )
+        fsync_all(p for p in path.rglob("*"))
+        fsync_path(path)
+        return cls(dataset)
+
+    @classmethod
+    def open(cls, path: Path) -> SpanTable:
+        """The latest version that can be read; warns where that is not the last one written.
+
+        Raises:
+            IndexDamagedError: no version can be read.
+        """
+        import lance
+
+        manifests = manifest_files(path)
+        first_error: Exception | None = None
+        for attempt, (version, _) in enumerate(manifests):
+            try:
+                dataset = lance.dataset(str(path)) if attempt == 0 else lance.dataset(str(path), version=version)
+                table = cls(dataset)
+            except Exception as error:
+                first_error = first_error or error
+                continue
+            if attempt:
+                warnings.warn(
+                    f"{manifests[0][1]} cannot be read ({first_error}); opened version {version} before it. The last "
+                    f"batch written is missing: run the same precompression command again.",
+                    stacklevel=4,
+                )
+            return table
+        raise IndexDamagedError(
+            f"expected a readable Lance table at {path}, got: {first_error or 'no manifest in _versions'}. "
+            f"Restore the folder from a copy, or precompress into a new one."
+        )
+
+    def latest_version(self) -> int:
+        return int(self._dataset.latest_version)
+
+    # -- reading
+
+    def _scan(self, columns: list[str], **options: Any) -> pa.Table:
+        return self._dataset.scanner(columns=columns, fragments=self._good, **options).to_table()
+
+    def _read_names(self) -> Names:
+        try:
+            return self._names_in(self._good)
+        except Exception:
+            self._find_unreadable()
+            if not self.unreadable:
+                raise
+            return self._names_in(self._good)
+
+    def _names_in(self, fragments: list[Any] | None) -> Names:
+        scanner = self._dataset.scanner(columns=["chunk_id", "document_id"], fragments=fragments, with_row_id=True)
+        table = scanner.to_table()
+        columns = (table[name].to_pylist() for name in ("chunk_id", "document_id", "_rowid"))
+        return Names.EMPTY.plus(zip(*columns, strict=True))
+
+    def _find_unreadable(self) -> None:
+        self._good = []
+        columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc"]
+        for fragment in self._dataset.get_fragments():
+            try:
+                self._dataset.scanner(columns=columns, fragments=[fragment]).to_table()
+                self._good.append(fragment)
+            except Exception as error:
+                self.unreadable |= dict.fromkeys(_data_files(fragment), _reason(error))
+        if self.unreadable:
+            warnings.warn(
+                f"these data files of {self.path} cannot be read, their chunks are left out: "
+                f"{', '.join(self.unreadable)}. Run verify(), then compress the missing documents again.",
+                stacklevel=6,
+            )
+
+    def read_chunks(self, row_ids: Sequence[int]) -> dict[int, Chunk]:
+        """Row id -> chunk, without the spans and unchecked."""
+        found: dict[int, Chunk] = {}
+        for batch in _batches(row_ids, 4096):
+            table = self._scan(CHUNK_COLUMNS, filter=_row_filter(batch), with_row_id=True)
+            found |= {row["_rowid"]: row_to_chunk(row) for row in table.to_pylist()}
+        return found
+
+    def read_rows(self, row_ids: Sequence[int]) -> dict[int, tuple[Chunk, MemorySpan, NDArray[np.float32]]]:
+        """Row id -> (chunk, span, vector (vector_size,)), checked against the checksum.
+
+        Raises:
+            IndexDamagedError: names the chunk whose bytes are not those that were written.
+        """
+        columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc", "span"]
+        found: dict[int, tuple[Chunk, MemorySpan, NDArray[np.float32]]] = {}
+        for batch in _batches(row_ids, ROWS_PER_READ):
+            table = self._scan(columns, filter=_row_filter(batch), with_row_id=True, blob_handling="all_binary")
+            vectors = table["vector"].combine_chunks()
+            flat = np.asarray(vectors.flatten() if len(table) else [], dtype=np.float32).reshape(len(table), -1)
+            for row, vector in zip(table.drop_columns(["vector"]).to_pylist(), flat, strict=True):
+                found[row["_rowid"]] = (*checked_row(row, vector), vector)
+        return found
+
+    def vectors(self, row_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(row ids (n,), vectors (n, vector_size)) of those of the given rows that exist, in no particular order."""
+        ids, rows = [], []
+        few = len(row_ids) <= 4096
+        options = {"filter": _row_filter(row_ids.tolist())} if few else {}
+        scanner = self._dataset.scanner(columns=["vector"], fragments=self._good, with_row_id=True, **options)
+        for batch in scanner.to_batches():
+            batch_ids = batch["_rowid"].to_numpy().astype(np.int64)
+            wanted = np.isin(batch_ids, row_ids)
+            if wanted.any():
+                flat = batch["vector"].flatten().to_numpy(zero_copy_only=False)
+                rows.append(flat.reshape(len(batch_ids), -1)[wanted])
+                ids.append(batch_ids[wanted])
+        if not ids:
+            return np.empty(0, np.int64), np.empty((0, 1), np.float32)
+        return np.concatenate(ids), np.concatenate(rows)
+
+    def in_text_order(self, chunk_ids: Sequence[str]) -> list[str]:
+        """The same chunk ids, sorted by where the chunks begin and end."""
+        places: list[tuple[int, int, str]] = []
+        for batch in _batches([self.rows[c] for c in chunk_ids], 4096):
+            table = self._scan(["start", "end", "chunk_id"], filter=_row_filter(batch))
+            places += zip(*(column.to_pylist() for column in table.columns), strict=True)
+        return [chunk_id for _, _, chunk_id in sorted(places)]
+
+    @cached_property
+    def filter_columns(self) -> FilterColumns:
+        """Read on first use and kept as long as this version of the table."""
+        table = self._scan(["document_id", "metadata"], with_row_id=True)
+        metadata = table["metadata"].combine_chunks().dictionary_encode()
+        documents = table["document_id"].combine_chunks().dictionary_encode()
+        codes = documents.indices.to_numpy(zero_copy_only=False)
+        order = np.argsort(codes, kind="stable")
+        parts = np.split(order, np.cumsum(np.bincount(codes, minlength=len(documents.dictionary)))[:-1])
+        return FilterColumns(
+            table["_rowid"].to_numpy().astype(np.int64),
+            dict(zip(documents.dictionary.to_pylist(), parts, strict=False)),
+            [json.loads(text) for text in metadata.dictionary.to_pylist()],
+            metadata.indices.to_numpy(zero_copy_only=False),
+        )
+
+    def totals(self) -> dict[str, int]:
+        """Sums over all rows, from the small columns only."""
+        import pyarrow.compute as pc
+
+        table = self._scan(["text", "num_slots", "num_source_tokens", "span"])
+        spans = table["span"].combine_chunks()
+        return {
+            "span_bytes": pc.sum(spans.field("size")).as_py() or 0,
+            "text_bytes": pc.sum(pc.binary_length(table["text"])).as_py() or 0,
+            "source_tokens": pc.sum(table["num_source_tokens"]).as_py() or 0,
+            "slots": pc.sum(table["num_slots"]).as_py() or 0,
+        }
+
+    # -- writing: the caller holds the writer's lock
+
+    def append(self, rows: Sequence[Row], vector_size: int) -> SpanTable:
+        """One commit with all rows, on the disk when this returns. On failure nothing of it is visible."""
+        import lance
+        from lance.fragment import write_fragments
+
+        before = {name: set(_listing(self.path / name)) for name in ("data", "_versions", "_transactions")}
+        try:
+            fragments = write_fragments(
+                rows_to_arrow(rows, vector_size), self._dataset, mode="append", data_storage_version=FILE_VERSION,
+                enable_stable_row_ids=True,
+            )
+            # Lance does not fsync: the data has to be on the disk before the manifest that names it
+            _fsync_new(self.path, before)
+            dataset = lance.LanceDataset.commit(
+                self._dataset, lance.LanceOperation.Append(fragments), read_version=self.version
+            )
+        except BaseException:
+            # not where the commit itself may have happened: then the new files are the table
+            if set(_listing(self.path / "_versions")) == before["_versions"]:
+                _remove_new(self.path / "data", before["data"])
+            raise
+        _fsync_new(self.path, before)
+        known = {f.fragment_id for f in self._dataset.get_fragments()}
+        new = [f for f in dataset.get_fragments() if f.fragment_id not in known]
+        names = SpanTable(dataset, Names.EMPTY)._names_in(new)
+        return SpanTable(dataset, self._names.plus((r.chunk.id, r.chunk.document_id, names.rows[r.chunk.id])
+                                                   for r in rows), self.unreadable)
+
+    def delete(self, row_ids: Sequence[int]) -> SpanTable:
+        """One commit without these rows. The bytes stay on the disk until `compact`."""
+        import lance
+
+        before = {name: set(_listing(self.path / name)) for name in ("_deletions", "_versions", "_transactions")}
+        dataset = lance.dataset(str(self.path), version=self.version)
+        dataset.delete(_row_filter(row_ids))
+        _fsync_new(self.path, before)
+        return SpanTable(dataset, self._names.minus(set(row_ids)), self.unreadable)
+
+    def drop_unreadable(self) -> SpanTable:
+        """One commit without the data files that cannot be read."""
+        import lance
+
+        before = {name: set(_listing(self.path / name)) for name in ("_versions", "_transactions")}
+        bad = [f.fragment_id for f in self._dataset.get_fragments() if set(_data_files(f)) & set(self.unreadable)]
+        operation = lance.LanceOperation.Delete([], bad, "unreadable data files")
+        dataset = lance.LanceDataset.commit(self._dataset, operation, read_version=self.version)
+        _fsync_new(self.path, before)
+        return SpanTable(dataset)
+
+    def compact(self) -> SpanTable:
+        """Few large files, without deleted rows and old versions."""
+        import lance
+
+        names = ("data", "_deletions", "_versions", "_transactions")
+        before = {name: set(_listing(self.path / name)) for name in names}
+        dataset = lance.dataset(str(self.path))
+        # files that have grown large enough are not written again, so that regular compaction stays affordable
+        row_bytes = max(1, folder_bytes(self.path / "data") // max(1, len(self.rows)))
+        rows_per_file = min(max(_FILE_BYTES // row_bytes, 256), 2**20)
+        dataset.optimize.compact_files(target_rows_per_fragment=rows_per_file, materialize_deletions_threshold=0.0)
+        _fsync_new(self.path, before)
+        # nobody else writes, so files that belong to no version are the remains of killed writers
+        dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
+        return SpanTable(lance.dataset(str(self.path)))
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).split(", /")[0].strip()
+
+
+def _data_files(fragment: Any) -> list[str]:
+    return [f"data/{file.path}" for file in fragment.metadata.files]
+
+
+def _row_filter(row_ids: Iterable[int]) -> str:
+    return f"_rowid IN ({','.join(map(str, row_ids))})"
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def manifest_files(path: Path) -> list[tuple[int, Path]]:
+    """(version, manifest), newest first. Lance names them by 2^64 - 1 - version, so that the newest sorts first."""
+    found = []
+    for file in _listing(path / "_versions"):
+        if file.suffix == ".manifest" and file.stem.isdigit():
+            number = int(file.stem)
+            found.append((2**64 - 1 - number if len(file.stem) == 20 else number, file))
+    return sorted(found, reverse=True)
+
+
+def set_aside_torn_manifests(path: Path) -> list[Path]:
+    """Move manifests that cannot be read out of the way of the next commit; returns where they are now.
+
+    Only for the holder of the writer's lock.
+    """
+    import lance
+
+    moved: list[Path] = []
+    for version, file in manifest_files(path):
+        try:
+            lance.dataset(str(path))
+            break
+        except Exception:
+            moved.append(file.rename(path.parent / f"torn-{version}.manifest"))
+    if moved:
+        fsync_path(path / "_versions")
+    return moved
+
+
+def _listing(folder: Path) -> list[Path]:
+    return [Path(entry.path) for entry in os.scandir(folder)] if folder.is_dir() else []
+
+
+def _fsync_new(table: Path, before: Mapping[str, set[Path]]) -> None:
+    for name, known in before.items():
+        folder = table / name
+        if not folder.is_dir():
+            continue
+        for new in set(_listing(folder)) - known:
+            inside = _listing(new) if new.is_dir() else []  # spans above 64 KB lie in a folder beside their data file
+            fsync_all([*inside, new])
+        fsync_path(folder)
+    fsync_path(table)
+
+
+def _remove_new(folder: Path, known: set[Path]) -> None:
+    for new in set(_listing(folder)) - known:
+        for file in [*(_listing(new) if new.is_dir() else []), new]:
+            try:
+                file.rmdir() if file.is_dir() else file.unlink()
+            except OSError:
+                continue  # compact() removes it

