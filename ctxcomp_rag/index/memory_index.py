@@ -17,7 +17,8 @@ from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, IndexFolderError, InputError
 from ctxcomp_rag.index.folder import TABLE, Manifest, WriterLock, disk_full_error, folder_bytes, is_disk_full
 from ctxcomp_rag.index.inputs import checked_vectors, places_of_chunks
-from ctxcomp_rag.index.span_store import Row, SpanTable, manifest_files, set_aside_torn_manifests
+from ctxcomp_rag.index.rows import Row
+from ctxcomp_rag.index.span_store import SpanTable, manifest_files, set_aside_torn_manifests
 from ctxcomp_rag.index.vectors import CURRENT, VectorIndex
 from ctxcomp_rag.index.verify import VerifyReport, check_rows, check_vectors
 from ctxcomp_rag.index.where import Where, matching_rows

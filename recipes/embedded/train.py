@@ -242,7 +242,8 @@ def draw_factor(rng: random.Random, progress: float, limit: float) -> float:
 
 
 def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, scale: float, vocab: int,
-              max_factor: float) -> list[Row]:
+              max_factor: float, english: float) -> list[Row]:
+    """The rows of one step. `english` is the share of steps that take each of the English rows in."""
     ae = vocab + 1
 
     def factor() -> float:
@@ -256,23 +257,22 @@ def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, s
     def count(n: float) -> range:
         return range(max(1, round(n * scale)))
 
+    def singles(mix: dict[str, float], slots: bool) -> list[Row]:
+        return [corpus.single_row(rng, source, factor() if slots else None, ae) for source, n in mix.items()
+                for _ in count(n) if source == "fictional" or rng.random() < english]
+
     if stage == "text":
-        rows = [corpus.single_row(rng, s, None, ae) for s, n in (("fictional", 14),)
-                for _ in count(n)]
+        rows = singles({"fictional": 14}, False)
         rows += [corpus.random_row(rng, None, ae, 24) for _ in count(8)]  # copying forms on these first
         return rows + [several("fictional", 1.0) for _ in count(2)]
-    frozen = stage == "compressor"
-    rows = [corpus.single_row(rng, s, factor(), ae) for s, n in (("fictional", 6), ("squad", 1), ("wiki", 1))
-            for _ in count(n)]
+    rows = singles({"fictional": 7, "squad": 2, "wiki": 2}, True)
     if stage == "joint":
-        rows += [corpus.single_row(rng, s, None, ae) for s, n in (("fictional", 2), ("squad", 1))
-                 for _ in count(n)]
+        rows += singles({"fictional": 2, "squad": 3, "wiki": 1}, False)
         if progress < 0.33:
             rows += [corpus.random_row(rng, rng.uniform(1, 2), ae) for _ in count(2)]
-    if progress > 0.1 or frozen:
+    if progress > 0.1 or stage == "compressor":
         rows += [several("fictional", 0.3) for _ in count(2)]
-        if rng.random() < 0.5:
-            rows += [several("squad", 0.3) for _ in count(1)]
+        rows += [several("squad", 0.3) for _ in count(1) if rng.random() < english]
     return rows
 
 
@@ -339,6 +339,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), default="base", help="sizes of the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="rows per step, relative to the default")
+    parser.add_argument("--english", type=float, default=1.0, help="share of steps with each of the English rows")
     parser.add_argument("--wiki-files", type=int, default=1)
     for name, value in asdict(Schedule()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
@@ -377,7 +378,7 @@ def main() -> None:
         for step in range(start_step if stage == start_stage else 0, total):
             rng = random.Random(f"{args.seed}/{stage}/{step}")
             rows = step_rows(corpus, stage, rng, step / total if stage == "joint" else 1.0, args.scale,
-                             shape.vocab_size, schedule.max_factor)
+                             shape.vocab_size, schedule.max_factor, args.english)
             scale = schedule.learning_rate(stage, step)
             for optimizer, rate in zip(optimizers, (schedule.muon_lr, schedule.adam_lr), strict=True):
                 optimizer.param_groups[0]["lr"] = rate * scale

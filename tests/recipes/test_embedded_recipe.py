@@ -1,0 +1,85 @@
+"""The fast training model computes what the product computes: same logits, same slots, branches as single prompts."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "embedded"
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    sys.path.insert(0, str(RECIPE))
+    try:
+        import train
+    finally:
+        sys.path.remove(str(RECIPE))
+    return train
+
+
+@pytest.fixture(scope="module")
+def model(recipe: ModuleType) -> torch.nn.Module:
+    torch.manual_seed(0)
+    shape = recipe.Shape(vocab_size=90, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, lora_rank=4)
+    made = recipe.Model(shape)
+    with torch.no_grad():
+        for p in made.parameters():  # nothing stays zero: every path has to count
+            p.add_(torch.randn_like(p) * 0.1)
+    return made
+
+
+def decode(recipe: ModuleType, model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    n = len(ids)
+    bias = torch.zeros(1, 1, n, n).masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), -1e9)
+    nothing = torch.zeros(1, n, dtype=torch.long)
+    return model.decode(torch.tensor([ids]), torch.zeros(0, 32), nothing.bool(), nothing, torch.arange(n)[None], bias,
+                        (nothing[0], torch.arange(n)))
+
+
+def test_the_exported_llama_gives_the_same_logits(recipe: ModuleType, model: torch.nn.Module) -> None:
+    sys.path.insert(0, str(RECIPE))
+    import export
+
+    llama = export.build_decoder(model, model.shape, {"bos": 1, "eos": 2, "pad": 0})
+    ids = torch.randint(0, 90, (20,)).tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(decode(recipe, model, ids), llama(torch.tensor([ids])).logits[0], atol=2e-5, rtol=0)
+
+
+def test_a_question_branch_scores_as_a_prompt_of_its_own(recipe: ModuleType, model: torch.nn.Module) -> None:
+    from data import Branch, Row
+
+    rng = random.Random(1)
+    context, one, two = ([rng.randrange(3, 90) for _ in range(n)] for n in (9, 7, 5))
+    row = Row([1], [(context, None)], [Branch(one, 4, "answer"), Branch(two, 2, "answer")])
+    with torch.no_grad():
+        outcome = recipe.forward(model, [row], [3])
+        expected = 0.0
+        for ids, start in ((one, 4), (two, 2)):
+            whole = [1, *context, *ids]
+            scores = decode(recipe, model, whole).log_softmax(-1)
+            begin = 1 + len(context) + start
+            expected -= sum(float(scores[i - 1, whole[i]]) for i in range(begin, len(whole)))
+    assert outcome.sums["answer"] == pytest.approx(expected, abs=1e-3)
+    assert outcome.counts["answer"] == 3 + 3
+
+
+def test_orthogonalised_updates_have_singular_values_near_one() -> None:
+    sys.path.insert(0, str(RECIPE))
+    from muon import orthogonalise
+
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 24, 10)))
+    assert values.min() > 0.5
+    assert values.max() < 1.4
+
+
+def test_slots_sit_on_the_last_token_of_their_piece(recipe: ModuleType) -> None:
+    assert recipe.slot_places(8, 2) == [3, 7]
+    assert recipe.slot_places(10, 3) == [2, 5, 9]
+    assert recipe.num_slots(9, 4.0) == 3
