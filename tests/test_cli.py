@@ -122,7 +122,7 @@ def test_a_broken_file_stops_the_job_by_name_or_is_skipped(folder: Path, tmp_pat
     (["ask", "{tmp}/none", "why?"], "none"),
     (["ask", "{index}", " "], "question is empty"),
     (["ask", "{index}", "why?", "--top-k", "0"], "top_k"),
-    (["inspect", "{folder}"], "not an index"),
+    (["inspect", "{folder}"], "expected index.json in"),
     (["verify", "{tmp}/none"], "none"),
 ])
 def test_wrong_input_gets_a_sentence_and_exit_code_2(arguments: list[str], message: str, folder: Path, index: Path,

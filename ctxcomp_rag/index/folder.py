@@ -51,12 +51,14 @@ def write_file(path: Path, data: bytes) -> None:
     fsync_path(path.parent)
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """True for ENOSPC and EDQUOT, also where Lance only has them in its text."""
+def is_disk_full(error: BaseException, path: Path, needed: int) -> bool:
+    """True for ENOSPC and EDQUOT, also where Lance has them only in its text, or hides them although less than
+    `needed` bytes are free."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     text = str(error)
-    return any(sign in text for sign in ("os error 28", "os error 122", "No space left on device"))
+    signs = ("os error 28", "os error 122", "No space left on device")
+    return any(sign in text for sign in signs) or shutil.disk_usage(path).free < needed
 
 
 def disk_full_error(path: Path, what: str) -> IndexFolderError:

@@ -97,8 +97,8 @@ class MemoryIndex:
             SpanTable.create(path / TABLE, vector_size)
             manifest.write(path)
         except OSError as error:
-            if is_disk_full(error):
-                raise disk_full_error(path, f"the new index {path} was not made") from error
+            if is_disk_full(error, path.parent, 0):
+                raise disk_full_error(path.parent, f"the new index {path} was not made") from error
             raise IndexFolderError(f"expected to be able to write to {path}, got: {error}. "
                                    f"Choose a folder that you may write to.") from error
         return cls.open(path)
@@ -116,7 +116,11 @@ class MemoryIndex:
         table = SpanTable.open(path / TABLE)
         # A version number that was lost with its manifest is given out again: a snapshot of it may be another one
         fell_back = table.version != manifest_files(path / TABLE)[0][0]
-        vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=not fell_back)
+        try:
+            vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=not fell_back)
+        except Exception:
+            table = table.without_unreadable()
+            vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=not fell_back)
         return cls(path, manifest, table, vectors, saved, read_only)
 
     def close(self) -> None:
@@ -171,7 +175,8 @@ class MemoryIndex:
             if fresh:
                 made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32)) for i in fresh]
                 what = f"none of the {len(made)} chunks of this batch was committed to {self.path}"
-                table = self._on_disk(lambda: self._table.append(made, self.vector_size), what)
+                size = sum(len(row.span) + row.vector.nbytes + len(row.chunk.text) for row in made)
+                table = self._on_disk(lambda: self._table.append(made, self.vector_size), what, size)
                 with self._state:
                     ids = np.array([table.rows[row.chunk.id] for row in made], np.int64)
                     self._vectors.add(ids, np.stack([row.vector for row in made]))
@@ -202,7 +207,8 @@ class MemoryIndex:
                 names.update(self._table.documents.get(document_id, ()))
             row_ids = sorted(self._table.rows[name] for name in names if name in self._table.rows)
             if row_ids:
-                table = self._on_disk(lambda: self._table.delete(row_ids), f"nothing was deleted from {self.path}")
+                table = self._on_disk(lambda: self._table.delete(row_ids), f"nothing was deleted from {self.path}",
+                                      65536)
                 with self._state:
                     self._vectors.remove(np.array(row_ids, np.int64))
                     self._table = table
@@ -229,11 +235,15 @@ class MemoryIndex:
                     f"{', '.join(table.unreadable)}. Restore them from a copy, or give up their chunks with "
                     f"compact(drop_unreadable=True) and precompress their documents again."
                 )
-            self._on_disk(lambda: self._compact(table), f"{self.path} was not compacted")
+            self._compact()
             self._save_snapshot()
 
-    def _compact(self, table: SpanTable) -> None:
-        self._publish((table.drop_unreadable() if table.unreadable else table).compact())
+    def _compact(self) -> None:
+        def compact() -> SpanTable:
+            return (self._table.drop_unreadable() if self._table.unreadable else self._table).compact()
+
+        what = f"{self.path} was not compacted, its chunks are all there"
+        self._publish(self._on_disk(compact, what, folder_bytes(self.path / TABLE)))
         self._commits = 0
 
     def _begin_writing(self) -> None:
@@ -250,7 +260,7 @@ class MemoryIndex:
                 raise
         self.refresh()  # after others' commits, and after an own one that was interrupted before it was noted
 
-    def _on_disk(self, write: Callable[[], T], what: str) -> T:
+    def _on_disk(self, write: Callable[[], T], what: str, needed: int) -> T:
         try:
             return write()
         except CtxcompError:
@@ -258,7 +268,7 @@ class MemoryIndex:
         except Exception as error:
             # the commit itself may have succeeded and its fsync failed: ask the disk, not ourselves
             self.refresh()
-            if is_disk_full(error):
+            if is_disk_full(error, self.path, needed):
                 raise disk_full_error(self.path, what) from error
             raise IndexFolderError(f"{what}: {error}. Check the disk and the folder's permissions, then run the same "
                                    f"command again.") from error
@@ -267,7 +277,7 @@ class MemoryIndex:
         self._unsaved_rows += changed
         self._commits += 1
         if self._commits >= _COMMITS_BETWEEN_COMPACTIONS and not self._table.unreadable:
-            self._on_disk(lambda: self._compact(self._table), f"the batch is committed, but {self.path} not compacted")
+            self._compact()
         if self._unsaved_rows >= max(_SNAPSHOT_ROWS, len(self) // 4):
             self._save_snapshot()
 

@@ -7,6 +7,7 @@ survive compaction and are never given out twice.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import warnings
@@ -141,7 +142,6 @@ class SpanTable:
         for attempt, (version, _) in enumerate(manifests):
             try:
                 dataset = lance.dataset(str(path)) if attempt == 0 else lance.dataset(str(path), version=version)
-                table = cls(dataset)
             except Exception as error:
                 first_error = first_error or error
                 continue
@@ -151,7 +151,7 @@ class SpanTable:
                     f"batch written is missing: run the same precompression command again.",
                     stacklevel=4,
                 )
-            return table
+            return cls(dataset)
         raise IndexDamagedError(
             f"expected a readable Lance table at {path}, got: {first_error or 'no manifest in _versions'}. "
             f"Restore the folder from a copy, or precompress into a new one."
@@ -168,11 +168,18 @@ class SpanTable:
     def _read_names(self) -> Names:
         try:
             return self._names_in(self._good)
-        except Exception:
+        except Exception as error:
             self._find_unreadable()
             if not self.unreadable:
-                raise
+                raise IndexDamagedError(f"expected a readable Lance table at {self.path}, got: {_reason(error)}. "
+                                        f"Restore the folder from a copy, or precompress into a new one.") from error
             return self._names_in(self._good)
+
+    def without_unreadable(self) -> SpanTable:
+        """The same version after trying every data file; its `unreadable` names those that failed."""
+        tried = SpanTable(self._dataset, Names.EMPTY)
+        tried._find_unreadable()
+        return SpanTable(self._dataset, None, tried.unreadable)
 
     def _names_in(self, fragments: list[Any] | None) -> Names:
         scanner = self._dataset.scanner(columns=["chunk_id", "document_id"], fragments=fragments, with_row_id=True)
@@ -182,10 +189,10 @@ class SpanTable:
 
     def _find_unreadable(self) -> None:
         self._good = []
-        columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc"]
+        columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc", "span"]
         for fragment in self._dataset.get_fragments():
             try:
-                self._dataset.scanner(columns=columns, fragments=[fragment]).to_table()
+                self._dataset.scanner(columns=columns, fragments=[fragment], with_row_id=True).to_table()
                 self._good.append(fragment)
             except Exception as error:
                 self.unreadable |= dict.fromkeys(_data_files(fragment), _reason(error))
@@ -289,6 +296,7 @@ class SpanTable:
             )
             # Lance does not fsync: the data has to be on the disk before the manifest that names it
             _fsync_new(self.path, before)
+            _require_whole(self.path / "data", before["data"], fragments, sum(len(row.span) for row in rows))
             dataset = lance.LanceDataset.commit(
                 self._dataset, lance.LanceOperation.Append(fragments), read_version=self.version
             )
@@ -402,6 +410,19 @@ def _fsync_new(table: Path, before: Mapping[str, set[Path]]) -> None:
             fsync_all([*inside, new])
         fsync_path(folder)
     fsync_path(table)
+
+
+def _require_whole(folder: Path, before: set[Path], fragments: Sequence[Any], span_bytes: int) -> None:
+    """Raises OSError where files are shorter than what was written: on a full disk Lance does not always say so."""
+    for fragment in fragments:
+        for file in fragment.files:
+            stated, found = file.file_size_bytes, (folder / file.path).stat().st_size
+            if stated is not None and stated != found:
+                raise OSError(errno.EIO, f"{file.path} has {found} bytes instead of {stated}")
+    new = set(_listing(folder)) - before
+    total = sum(folder_bytes(path) if path.is_dir() else path.stat().st_size for path in new)
+    if total < span_bytes:
+        raise OSError(errno.EIO, f"{total} bytes were written instead of at least {span_bytes}")
 
 
 def _remove_new(folder: Path, known: set[Path]) -> None:

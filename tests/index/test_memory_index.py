@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -259,7 +260,7 @@ def test_wrong_questions_are_refused(index: MemoryIndex) -> None:
 
 
 def test_folders_that_are_no_index(tmp_path: Path, index: MemoryIndex, path: Path) -> None:
-    with pytest.raises(IndexFolderError, match="nothing is there. Check the path, or create"):
+    with pytest.raises(IndexFolderError, match=r"nothing is there\. Check the path, or create"):
         MemoryIndex.open(tmp_path / "none")
     (tmp_path / "file").write_text("x")
     with pytest.raises(IndexFolderError, match="but a file is there"):
@@ -367,25 +368,22 @@ def test_kill_9_loses_nothing_that_was_acknowledged(index: MemoryIndex, path: Pa
     corpus = make_corpus(400)
     rng = np.random.default_rng(int(time.time()))
     acknowledged = 0
-    for _ in range(4):
+    for _ in range(3):
         writer = child(path, 5)
         assert writer.stdout is not None
-        for _ in range(int(rng.integers(1, 8)) + acknowledged // 5):
-            writer.stdout.readline()
+        said = [writer.stdout.readline() for _ in range(int(rng.integers(1, 8)) + acknowledged // 5)]
         time.sleep(float(rng.uniform(0, 0.02)))
         writer.kill()
-        said = writer.communicate()[0].split()
-        acknowledged = max([acknowledged, *map(int, said)])
+        said += writer.communicate()[0].split()
+        acknowledged = max(acknowledged, *map(int, said))
         with MemoryIndex.open(path) as reopened:
             held = len(reopened)
             # whole batches, in order: what was said to be there, and at most the one that was under way
             assert acknowledged <= held <= acknowledged + 5
             assert held % 5 == 0
             assert_holds(reopened, corpus, slice(0, held))
-            acknowledged = held
-            if acknowledged < 60:
-                corpus.add_to(reopened, slice(held, held + 5))
-                acknowledged += 5
+            corpus.add_to(reopened, slice(held, held + 5))
+            acknowledged = held + 5
     with MemoryIndex.open(path) as reopened:
         reopened.compact()
         assert_holds(reopened, corpus, slice(0, acknowledged))
@@ -430,12 +428,12 @@ def test_threads_may_search_while_others_add_and_delete(index: MemoryIndex) -> N
 
 
 @pytest.fixture
-def stored(index: MemoryIndex, path: Path) -> Iterator[Path]:
+def stored(index: MemoryIndex, path: Path) -> Path:
     """A closed index of two commits: chunks 0-9 and 10-19."""
     CORPUS.add_to(index, slice(0, 10))
     CORPUS.add_to(index, slice(10, 20))
     index.close()
-    yield path
+    return path
 
 
 @pytest.mark.parametrize("field", ["span", "text", "vector"])
@@ -567,10 +565,11 @@ def test_a_full_disk_loses_nothing_and_resumes(small_disk: Path) -> None:
     path = small_disk / "kb"
     held = 0
     with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e") as index:
-        with pytest.raises(IndexFolderError, match=r"disk is full: none of the 2 chunks.*run the same command again"):
+        with pytest.raises(IndexFolderError) as raised:  # noqa: PT012
             for start in range(0, 12, 2):
                 corpus.add_to(index, slice(start, start + 2))
                 held += 2
+        assert re.search(r"disk is full: none of the 2 chunks.*run the same command again", str(raised.value))
         assert 0 < held < 12
         assert_holds(index, corpus, slice(0, held))
         free = shutil.disk_usage(small_disk).free
@@ -583,8 +582,8 @@ def test_a_full_disk_loses_nothing_and_resumes(small_disk: Path) -> None:
         assert_holds(index, corpus)
 
 
-def test_nothing_on_disk_is_pickled(stored: Path) -> None:
-    for file in stored.rglob("*"):
-        if file.is_file():
-            assert not file.read_bytes().startswith(b"\x80"), file
+def test_what_lies_in_the_folder(stored: Path) -> None:
+    """No pickle: JSON, safetensors, Lance and FAISS files only."""
+    suffixes = {p.suffix for p in stored.rglob("*") if p.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".lance", ".blob", ".manifest", ".txn", ".bin", ".lock"}
     assert json.loads((stored / "index.json").read_text())["fingerprint"] == SOFT.fingerprint

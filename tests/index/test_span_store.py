@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.errors import IndexDamagedError, InputError
+from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.index.rows import Row, metadata_to_json, span_from_bytes, span_to_bytes
 from ctxcomp_rag.index.span_store import SpanTable
 from ctxcomp_rag.spans import KVSpan, MemorySpan, SoftSpan
@@ -122,26 +122,25 @@ def test_small_and_large_spans(tmp_path: Path, size: int) -> None:
     assert table.totals()["span_bytes"] == len(row.span)
 
 
+@pytest.mark.filterwarnings("ignore:these data files")
 def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
-    """Whatever byte of a data file is hit: an error, or exactly what was written."""
+    """Whatever byte of a data file is hit: an error, missing rows and a warning, or exactly what was written."""
     rows = rows_of(3)
     table = SpanTable.create(tmp_path / "t", 12).append(rows, 12)
     written = {table.rows[r.chunk.id]: (r.chunk, r.span, r.vector.tolist()) for r in rows}
     (file,) = (tmp_path / "t" / "data").glob("*.lance")
     whole = file.read_bytes()
-    silent = noticed = 0
-    for offset in np.random.default_rng(0).permutation(len(whole))[:150]:
+    noticed = 0
+    for offset in np.random.default_rng(0).permutation(len(whole))[:100]:
         flip_byte(file, int(offset))
         try:
-            found = SpanTable.open(tmp_path / "t").read_rows(sorted(written))
-            assert {k: (c, span_to_bytes(s), v.tolist()) for k, (c, s, v) in found.items()} == written, offset
-            silent += 1
-        except AssertionError:
-            raise
-        except IndexDamagedError as error:
-            assert "d0" in str(error) or "d1" in str(error) or "d2" in str(error) or "Lance" in str(error)
-            noticed += 1
+            opened = SpanTable.open(tmp_path / "t")
+            found = opened.read_rows(sorted(written))
         except Exception:
             noticed += 1
+        else:
+            held = {k: (c, span_to_bytes(s), v.tolist()) for k, (c, s, v) in found.items()}
+            assert held == ({} if opened.unreadable else written), offset
+            noticed += bool(opened.unreadable)
         file.write_bytes(whole)
-    assert noticed > 50
+    assert noticed > 40
