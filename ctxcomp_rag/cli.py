@@ -54,7 +54,8 @@ def precompress(
                                                "txt, md, html, jsonl, csv, parquet, pdf.")],
     out: Annotated[Path, typer.Option(help="Folder of the index; an index made by the same compressor is added to.")],
     compressor: Annotated[str, typer.Option(help="Method name, or folder of a saved compressor.")] = "icae",
-    factor: Annotated[float | None, typer.Option(help="Source tokens per slot [default: the compressor's, 4].")] = None,
+    factor: Annotated[float | None, typer.Option(help="Source tokens per slot, for chunks not there yet "
+                                               "[default: the compressor's].")] = None,
     model: Model = "embedded",
     chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk [default: the compressor's].")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,

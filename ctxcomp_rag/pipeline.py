@@ -133,20 +133,27 @@ class CompressedRAG:
         counts = dict.fromkeys(("documents", "chunks", "added", "skipped", "removed", "source_tokens", "slots"), 0)
         failures: dict[str, str] = {}
         pending: list[Chunk] = []
+        stale: set[str] = set()
+        seen: set[str] = set()
         waiting = 0
 
         def commit() -> None:
-            nonlocal pending, waiting
+            nonlocal pending, stale, waiting
             added, slots = self._store(pending, factor)
             counts["added"] += added
             counts["skipped"] += len(pending) - added
             counts["slots"] += slots
+            if stale:  # only now: a job that is killed in between leaves old and new chunks, never neither
+                counts["removed"] += self.memory.delete(chunk_ids=stale)
             if progress:
                 progress(waiting, sum(c.num_tokens for c in pending))
-            pending, waiting = [], 0
+            pending, stale, waiting = [], set(), 0
 
         for document in documents:
             try:
+                if document.id in seen:
+                    raise InputError(f"the document id {document.id!r} was given twice; ids must be unique")
+                seen.add(document.id)
                 chunks = split_document(document, self.backbone.tokenizer, max_tokens=limit,
                                         overlap_tokens=overlap_tokens)
             except CtxcompError as error:
@@ -154,9 +161,7 @@ class CompressedRAG:
                     raise
                 failures[document.id] = str(error)
                 continue
-            stale = set(self.memory.document_chunks(document.id)) - {c.id for c in chunks}
-            if stale:
-                counts["removed"] += self.memory.delete(chunk_ids=stale)
+            stale |= set(self.memory.document_chunks(document.id)) - {c.id for c in chunks}
             counts["documents"] += 1
             counts["chunks"] += len(chunks)
             counts["source_tokens"] += sum(c.num_tokens for c in chunks)

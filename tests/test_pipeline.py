@@ -111,6 +111,7 @@ def test_another_retrieval_encoder_is_refused(rag: CompressedRAG) -> None:
 
 
 @pytest.mark.parametrize(("documents", "message"), [
+    ([Document("twin", "One."), Document("twin", "Two.")], "document id 'twin' was given twice"),
     ([], "corpus is empty"),
     ([Document("blank", " \n ")], "document 'blank' has no text"),
 ])

@@ -58,11 +58,11 @@ def is_disk_full(error: BaseException, path: Path, needed: int) -> bool:
         return True
     text = str(error)
     signs = ("os error 28", "os error 122", "No space left on device")
-    return any(sign in text for sign in signs) or shutil.disk_usage(path).free < needed
+    return any(sign in text for sign in signs) or (needed > 0 and shutil.disk_usage(path).free < needed)
 
 
 def disk_full_error(path: Path, what: str) -> IndexFolderError:
-    free = shutil.disk_usage(path).free
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
     return IndexFolderError(
         f"the disk is full: {what}; {free:,} bytes are left under {path}. Everything written before is intact. "
         f"Free some space and run the same command again: it continues with what is missing."

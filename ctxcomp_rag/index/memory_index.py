@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,15 @@ from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, IndexFolderError, InputError
-from ctxcomp_rag.index.folder import TABLE, Manifest, WriterLock, disk_full_error, folder_bytes, is_disk_full
+from ctxcomp_rag.index.folder import (
+    DELIMITERS,
+    TABLE,
+    Manifest,
+    WriterLock,
+    disk_full_error,
+    folder_bytes,
+    is_disk_full,
+)
 from ctxcomp_rag.index.inputs import checked_vectors, places_of_chunks
 from ctxcomp_rag.index.rows import Row
 from ctxcomp_rag.index.span_store import SpanTable, manifest_files, set_aside_torn_manifests
@@ -96,9 +105,11 @@ class MemoryIndex:
             path.mkdir(parents=True, exist_ok=True)
             SpanTable.create(path / TABLE, vector_size)
             manifest.write(path)
-        except OSError as error:
-            if is_disk_full(error, path.parent, 0):
-                raise disk_full_error(path.parent, f"the new index {path} was not made") from error
+        except Exception as error:
+            shutil.rmtree(path / TABLE, ignore_errors=True)
+            (path / DELIMITERS).unlink(missing_ok=True)
+            if is_disk_full(error, path, 0):
+                raise disk_full_error(path, f"the new index {path} was not made") from error
             raise IndexFolderError(f"expected to be able to write to {path}, got: {error}. "
                                    f"Choose a folder that you may write to.") from error
         return cls.open(path)
@@ -146,7 +157,12 @@ class MemoryIndex:
     def refresh(self) -> None:
         """See what other processes have committed since."""
         with self._writing, self._state:
-            if self._table.latest_version() != self._table.version:
+            try:
+                changed = self._table.latest_version() != self._table.version
+            except Exception as error:
+                raise IndexFolderError(f"expected the index at {self.path} to be still there, got: {error}. "
+                                       f"Was it moved or deleted? Open it where it is now.") from error
+            if changed:
                 self._publish(SpanTable.open(self.path / TABLE))
 
     # ---- writing
@@ -372,13 +388,14 @@ class MemoryIndex:
 
         return self._reading(read)
 
-    def verify(self) -> VerifyReport:
+    def verify(self, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
         """Read every row and compare it with its checksum, the specification and the search vectors.
 
-        Search vectors that do not fit are made again from the table; `notes` says so.
+        Search vectors that do not fit are made again from the table; `notes` says so. `progress` is called with the
+        number of rows read and of all rows.
         """
         def check(table: SpanTable) -> VerifyReport:
-            damaged = check_rows(table, self.spec, self.vector_size)
+            damaged = check_rows(table, self.spec, self.vector_size, progress)
             with self._state:
                 current = table.version == self._table.version
                 notes = check_vectors(table, self._vectors) if current and not damaged else []
@@ -415,8 +432,9 @@ class MemoryIndex:
         except (InputError, IndexDamagedError):
             raise
         except Exception:
-            self.refresh()
+            pass
         try:
+            self.refresh()
             return read(self._table)
         except (InputError, IndexDamagedError):
             raise

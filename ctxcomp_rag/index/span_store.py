@@ -13,6 +13,7 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -135,20 +136,19 @@ class SpanTable:
         Raises:
             IndexDamagedError: no version can be read.
         """
-        import lance
 
         manifests = manifest_files(path)
         first_error: Exception | None = None
         for attempt, (version, _) in enumerate(manifests):
             try:
-                dataset = lance.dataset(str(path)) if attempt == 0 else lance.dataset(str(path), version=version)
+                dataset = _open_dataset(path, None if attempt == 0 else version)
             except Exception as error:
                 first_error = first_error or error
                 continue
             if attempt:
                 warnings.warn(
                     f"{manifests[0][1]} cannot be read ({first_error}); opened version {version} before it. The last "
-                    f"batch written is missing: run the same precompression command again.",
+                    f"change is missing: run the same precompression command, or delete the same chunks, again.",
                     stacklevel=4,
                 )
             return cls(dataset)
@@ -160,10 +160,22 @@ class SpanTable:
     def latest_version(self) -> int:
         return int(self._dataset.latest_version)
 
+    def newer_unreadable(self) -> Path | None:
+        """The manifest of a version after this one that cannot be read, if there is one."""
+
+        version, file = manifest_files(self.path)[0]
+        if version > self.version:
+            try:
+                _open_dataset(self.path)
+            except Exception:
+                return file
+        return None
+
     # -- reading
 
     def _scan(self, columns: list[str], **options: Any) -> pa.Table:
-        return self._dataset.scanner(columns=columns, fragments=self._good, **options).to_table()
+        with _panics_are_errors():
+            return self._dataset.scanner(columns=columns, fragments=self._good, **options).to_table()
 
     def _read_names(self) -> Names:
         try:
@@ -182,17 +194,20 @@ class SpanTable:
         return SpanTable(self._dataset, None, tried.unreadable)
 
     def _names_in(self, fragments: list[Any] | None) -> Names:
-        scanner = self._dataset.scanner(columns=["chunk_id", "document_id"], fragments=fragments, with_row_id=True)
-        table = scanner.to_table()
-        columns = (table[name].to_pylist() for name in ("chunk_id", "document_id", "_rowid"))
-        return Names.EMPTY.plus(zip(*columns, strict=True))
+        names = ["chunk_id", "document_id"]
+        with _panics_are_errors():
+            table = self._dataset.scanner(columns=names, fragments=fragments, with_row_id=True).to_table()
+        columns = (table[name].to_pylist() for name in ("_rowid", "chunk_id", "document_id"))
+        # compaction may have changed the order of the files
+        return Names.EMPTY.plus((chunk, document, row) for row, chunk, document in sorted(zip(*columns, strict=True)))
 
     def _find_unreadable(self) -> None:
         self._good = []
         columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc", "span"]
         for fragment in self._dataset.get_fragments():
             try:
-                self._dataset.scanner(columns=columns, fragments=[fragment], with_row_id=True).to_table()
+                with _panics_are_errors():
+                    self._dataset.scanner(columns=columns, fragments=[fragment], with_row_id=True).to_table()
                 self._good.append(fragment)
             except Exception as error:
                 self.unreadable |= dict.fromkeys(_data_files(fragment), _reason(error))
@@ -350,6 +365,27 @@ class SpanTable:
         return SpanTable(lance.dataset(str(self.path)))
 
 
+def _open_dataset(path: Path, version: int | None = None) -> Any:
+    import lance
+
+    with _panics_are_errors():
+        dataset = lance.dataset(str(path), version=version)
+        dataset.get_fragments()
+        _ = dataset.schema
+        return dataset
+
+
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """On damaged bytes Lance may panic, which arrives as a BaseException that no caller expects."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise OSError(errno.EIO, f"Lance gave up: {error}") from error
+        raise
+
+
 def _reason(error: BaseException) -> str:
     return str(error).split(", /")[0].strip()
 
@@ -382,12 +418,11 @@ def set_aside_torn_manifests(path: Path) -> list[Path]:
 
     Only for the holder of the writer's lock.
     """
-    import lance
 
     moved: list[Path] = []
     for version, file in manifest_files(path):
         try:
-            lance.dataset(str(path))
+            _open_dataset(path)
             break
         except Exception:
             moved.append(file.rename(path.parent / f"torn-{version}.manifest"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,9 +41,13 @@ class VerifyReport:
         return not self.damaged
 
 
-def check_rows(table: SpanTable, spec: SpanSpec, vector_size: int) -> list[Damage]:
-    """Read all rows; the damaged ones, and the data files that cannot be read at all."""
+def check_rows(table: SpanTable, spec: SpanSpec, vector_size: int, progress: Callable[[int, int], None] | None = None
+               ) -> list[Damage]:
+    """Read all rows; the damaged ones, and the files that cannot be read at all."""
     damaged = [Damage("", "", f"{file} cannot be read: {why}") for file, why in table.unreadable.items()]
+    torn = table.newer_unreadable()
+    if torn:
+        damaged.append(Damage("", "", f"{torn.name} cannot be read: the last change of the index is missing"))
     names = {row_id: chunk_id for chunk_id, row_id in table.rows.items()}
     owners = {chunk_id: document_id for document_id, chunks in table.documents.items() for chunk_id in chunks}
     row_ids = list(names)
@@ -58,6 +62,8 @@ def check_rows(table: SpanTable, spec: SpanSpec, vector_size: int) -> list[Damag
                 except Exception as error:
                     chunk_id = names[row_id]
                     damaged.append(Damage(chunk_id, owners.get(chunk_id, ""), str(error)))
+        if progress:
+            progress(start + len(batch), len(row_ids))
     return damaged
 
 

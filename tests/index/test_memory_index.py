@@ -62,7 +62,9 @@ def assert_holds(index: MemoryIndex, corpus: Corpus, part: slice = slice(None)) 
         place = {c.id: i for i, c in enumerate(chunks)}
         np.testing.assert_allclose([h.score for h in hits], np.sort(expected)[::-1], atol=1e-6)
         np.testing.assert_allclose([expected[place[h.chunk.id]] for h in hits], np.sort(expected)[::-1], atol=1e-6)
-    report = index.verify()
+    seen: list[tuple[int, int]] = []
+    report = index.verify(progress=lambda *counts: seen.append(counts))
+    assert not seen or seen[-1] == (len(chunks), len(chunks))
     assert (report.ok, report.notes, report.chunks) == (True, [], len(chunks))
 
 
@@ -189,6 +191,19 @@ def test_deleted_chunks_are_gone_and_compaction_erases_them(index: MemoryIndex, 
         assert again.search(-CORPUS.vectors[1], 1)[0][0].score == pytest.approx(1, abs=1e-6)
 
 
+def test_many_small_commits_are_compacted_on_the_way(
+    index: MemoryIndex, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctxcomp_rag.index.memory_index._COMMITS_BETWEEN_COMPACTIONS", 8)
+    with MemoryIndex.open(path, read_only=True) as reader:
+        for i in range(20):
+            CORPUS.add_to(index, slice(i, i + 1))
+        assert len(data_files(path)) == 5  # two compactions: 16 commits became one file
+        assert_holds(index, CORPUS, slice(0, 20))
+        reader.refresh()
+        assert [c.id for c in reader.chunks()] == CORPUS.ids[:20]
+
+
 def test_all_chunks_can_be_deleted(index: MemoryIndex, path: Path) -> None:
     CORPUS.add_to(index)
     assert index.delete(chunk_ids=CORPUS.ids) == 40
@@ -269,6 +284,8 @@ def test_folders_that_are_no_index(tmp_path: Path, index: MemoryIndex, path: Pat
         MemoryIndex.open(tmp_path)
     with pytest.raises(IndexFolderError, match=r"an index is there already. Open it"):
         MemoryIndex.create(path, SOFT, vector_size=3, retrieval_encoder="e")
+    with pytest.raises(IndexFolderError, match="Choose a folder that you may write to"):
+        MemoryIndex.create(tmp_path / "file" / "kb", SOFT, vector_size=3, retrieval_encoder="e")
     with pytest.raises(IndexFolderError, match="other files"):
         MemoryIndex.create(tmp_path, SOFT, vector_size=3, retrieval_encoder="e")
 
@@ -501,13 +518,24 @@ def test_a_torn_last_commit_falls_back_to_the_one_before(stored: Path, size: int
     with pytest.warns(UserWarning, match=f"{manifest.name} cannot be read"):
         index = MemoryIndex.open(stored)
     with index:
-        assert_holds(index, CORPUS, slice(0, 10))
+        assert [d.reason for d in index.verify().damaged] == [
+            f"{manifest.name} cannot be read: the last change of the index is missing"]
+        assert len(index) == 10
         # the lost rows' ids are given out again, to other chunks: the snapshot on disk must not be believed
         CORPUS.add_to(index, slice(20, 30))
     with MemoryIndex.open(stored) as index:
-        assert sorted(c.id for c in index.chunks()) == sorted(CORPUS.ids[:10] + CORPUS.ids[20:30])
+        assert [c.id for c in index.chunks()] == CORPUS.ids[:10] + CORPUS.ids[20:30]
         CORPUS.add_to(index, slice(10, 20))
         assert_holds(index, CORPUS, slice(0, 30))
+
+
+def test_an_index_that_is_deleted_under_a_reader(stored: Path) -> None:
+    with MemoryIndex.open(stored, read_only=True) as reader:
+        shutil.rmtree(stored)
+        with pytest.raises(IndexFolderError, match="moved or deleted"):
+            reader.refresh()
+        with pytest.raises(IndexDamagedError, match=r"Run verify\(\)"):
+            reader.get(CORPUS.ids[:1])
 
 
 def test_an_index_without_any_manifest(stored: Path) -> None:
