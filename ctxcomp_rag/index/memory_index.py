@@ -107,7 +107,8 @@ class MemoryIndex:
             manifest.write(path)
         except Exception as error:
             shutil.rmtree(path / TABLE, ignore_errors=True)
-            (path / DELIMITERS).unlink(missing_ok=True)
+            if path.is_dir():
+                (path / DELIMITERS).unlink(missing_ok=True)
             if is_disk_full(error, path, 0):
                 raise disk_full_error(path, f"the new index {path} was not made") from error
             raise IndexFolderError(f"expected to be able to write to {path}, got: {error}. "

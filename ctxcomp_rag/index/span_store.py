@@ -351,6 +351,7 @@ class SpanTable:
     def compact(self) -> SpanTable:
         """Few large files, without deleted rows and old versions."""
         import lance
+        from lance.optimize import Compaction
 
         names = ("data", "_deletions", "_versions", "_transactions")
         before = {name: set(_listing(self.path / name)) for name in names}
@@ -358,8 +359,17 @@ class SpanTable:
         # files that have grown large enough are not written again, so that regular compaction stays affordable
         row_bytes = max(1, folder_bytes(self.path / "data") // max(1, len(self.rows)))
         rows_per_file = min(max(_FILE_BYTES // row_bytes, 256), 2**20)
-        dataset.optimize.compact_files(target_rows_per_fragment=rows_per_file, materialize_deletions_threshold=0.0)
-        _fsync_new(self.path, before)
+        plan = Compaction.plan(dataset, {"target_rows_per_fragment": rows_per_file,
+                                         "materialize_deletions_threshold": 0.0})
+        try:
+            done = [task.execute(dataset) for task in plan.tasks]
+            _fsync_new(self.path, before)
+        except BaseException:
+            _remove_new(self.path / "data", before["data"])
+            raise
+        if done:
+            Compaction.commit(dataset, done)
+            _fsync_new(self.path, before)
         # nobody else writes, so files that belong to no version are the remains of killed writers
         dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
         return SpanTable(lance.dataset(str(self.path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -107,6 +108,40 @@ def test_row_ids_survive_compaction_and_are_not_given_out_twice(tmp_path: Path) 
         assert chunk == row.chunk
         assert span_to_bytes(span) == row.span
         assert vector.tolist() == row.vector.tolist()
+
+
+def test_the_bytes_are_on_the_disk_before_the_commit_that_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    really = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        really(descriptor)
+
+    root = tmp_path / "t"
+    table = SpanTable.create(root, 12)
+    chunk = make_corpus(1).chunks[0]
+    large = SoftSpan(chunk.id, 8, torch.arange(9000), 9000, torch.randn(9000, 16))
+    monkeypatch.setattr("os.fsync", fsync)
+    commits = {
+        "append": lambda t: t.append([*rows_of(4, seed=2), Row.make(chunk, large, np.ones(12, np.float32))], 12),
+        "delete": lambda t: t.delete([0, 1]),
+        "compact": lambda t: t.compact(),
+    }
+    for name, commit in commits.items():
+        before = {p for p in root.rglob("*") if p.is_file()}
+        synced.clear()
+        table = commit(table)
+        new = {p for p in root.rglob("*") if p.is_file()} - before
+        new = {p for p in new if p.suffix in (".lance", ".blob", ".arrow", ".manifest")}
+        assert len(new) >= 2, name
+        assert new <= set(synced), name
+        last = max(i for i, p in enumerate(synced) if p.suffix == ".manifest")
+        data = [p for p in new if p.suffix in (".lance", ".blob")]
+        assert all(synced.index(p) < synced.index(synced[last]) for p in data), name
+        assert {p.parent for p in new} <= set(synced), name
 
 
 @pytest.mark.parametrize("size", [4, 40_000])
