@@ -1,6 +1,6 @@
 """Real English: SQuAD dev paragraphs and Wikipedia articles, precompressed once, asked through every system.
 
-    python benchmarks/real_input.py --data DIR [--articles 500] [--questions 200] [--out benchmarks/results/real_input.json]
+    python benchmarks/real_input.py --data DIR [--articles 500] [--questions 200] [--out FILE]
 
 DIR holds squad-dev-v1.1.json.xz and wiki-00.jsonl.xz. Two settings: `oracle` gives each question the one chunk that
 holds its answer; `retrieved` gives it the `--top-k` chunks that the retriever finds among all of them.
@@ -76,7 +76,8 @@ def main() -> None:
         stats = rag.memory.stats()
         print(f"{report.documents} documents, {report.chunks} chunks in {seconds:.0f} s; verify: "
               f"{checked.chunks} chunks, {len(checked.damaged)} damaged")
-        settings = {"oracle": [oracle(rag, q) for q in asked], "retrieved": [retrieved(rag, q, args.top_k) for q in asked]}
+        settings = {"oracle": [oracle(rag, q) for q in asked],
+                    "retrieved": [retrieved(rag, q, args.top_k) for q in asked]}
         comparison = Comparison(rag.compressor, rag.decoder)
         rows = []
         for name, posed in settings.items():

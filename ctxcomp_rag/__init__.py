@@ -34,7 +34,9 @@ _HOME = {
     "backbone": ("Backbone", "load_frozen"),
     "chunking": ("Chunk", "Document", "split_document"),
     "compressors": ("Compressor", "load_compressor"),
-    "decoding": ("FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "Text", "render_chat", "splice"),
+    "decoding": (
+        "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "Text", "render_chat", "splice",
+    ),
     "errors": ("CtxcompError",),
     "index": ("MemoryIndex", "RetrievedSpan"),
     "pipeline": ("Answer", "CompressedRAG"),

@@ -62,7 +62,8 @@ def precompress(
     text_column: Annotated[str, typer.Option(help="Column or field of the text in jsonl, csv, parquet.")] = "text",
     id_column: Annotated[str | None, typer.Option(help="Column of the document id [default: file#row].")] = None,
     metadata_column: Annotated[list[str] | None, typer.Option(help="Column kept as metadata; may be repeated.")] = None,
-    on_error: Annotated[OnError, typer.Option(help="A file that cannot be read: stop, or skip and report it.")] = OnError.stop,
+    on_error: Annotated[OnError, typer.Option(help="A file that cannot be read: stop, or skip and report it.")
+                        ] = OnError.stop,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and chunk, report sizes, write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -167,7 +168,8 @@ def ask(
         return
     _out.print(answer.text, markup=False)
     for source in sources:
-        _err.print(f"  {source['score']:.3f}  {source['document_id']} [{source['start']}:{source['end']}]", markup=False)
+        place = f"{source['document_id']} [{source['start']}:{source['end']}]"
+        _err.print(f"  {source['score']:.3f}  {place}", markup=False)
     _err.print(f"  {usage['text_tokens']} text tokens + {usage['slots']} slots (for {usage['source_tokens']} source "
                f"tokens), {usage['completion_tokens']} tokens generated, {seconds:.2f} s", markup=False)
 

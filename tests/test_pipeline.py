@@ -97,7 +97,7 @@ def test_spans_of_another_compressor_are_refused(rag: CompressedRAG, tmp_path: P
     config = ICAEConfig(num_memory_tokens=1, segment_tokens=64, slots="proportional", slot_positions="spread",
                         delimiters=(), lora_rank=2)
     ICAECompressor(rag.backbone, config).save_pretrained(tmp_path / "mine")
-    with pytest.raises(IncompatibleSpanError, match="made by the compressor icae-.*come from icae-"):
+    with pytest.raises(IncompatibleSpanError, match=r"made by the compressor icae-.*come from icae-"):
         CompressedRAG.create(rag.memory.path, compressor=tmp_path / "mine")
 
 

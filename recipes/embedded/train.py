@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from data import SPECIALS, Corpus, Row, read_lines, read_squad
-from model import PRESETS, Model, Shape
+from model import PRESETS, Model
 from muon import Muon
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -332,6 +333,13 @@ def evaluate(model: Model, corpus: Corpus, vocab: int, seed: int = 7) -> dict[st
     return result
 
 
+def record(folder: Path, line: dict[str, object]) -> None:
+    """Print a line of the log and keep it."""
+    print(json.dumps(line), flush=True)
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps(line) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with squad-*.json.xz and wiki-*.jsonl.xz")
@@ -363,8 +371,6 @@ def main() -> None:
     start_stage, start_step = STAGES[0], 0
     optimizers = None
     if checkpoint.exists():
-        from safetensors import safe_open
-
         with safe_open(checkpoint, "pt") as file:
             state = json.loads(file.metadata()["state"])
         start_stage, start_step = state["stage"], state["step"]
@@ -392,16 +398,12 @@ def main() -> None:
             if (step + 1) % 10 == 0:
                 mean = {k: round(sum(r.get(k, 0) for r in recent) / max(1, sum(k in r for r in recent)), 3)
                         for k in WEIGHTS}
-                line = {"stage": stage, "step": step + 1, "rows": len(rows), "s": round((time.time() - began) / len(recent), 2), **mean}
-                print(json.dumps(line), flush=True)
-                with (args.out / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(line) + "\n")
+                seconds = round((time.time() - began) / len(recent), 2)
+                record(args.out, {"stage": stage, "step": step + 1, "seconds_per_step": seconds, **mean})
                 began, recent = time.time(), []
             if (step + 1) % args.evaluate_every == 0 or step + 1 == total:
-                line = {"stage": stage, "step": step + 1, "evaluation": evaluate(model, held_out, shape.vocab_size)}
-                print(json.dumps(line), flush=True)
-                with (args.out / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(line) + "\n")
+                record(args.out, {"stage": stage, "step": step + 1,
+                                  "evaluation": evaluate(model, held_out, shape.vocab_size)})
                 began = time.time()
             if (step + 1) % args.save_every == 0 or step + 1 == total:
                 done = step + 1 == total

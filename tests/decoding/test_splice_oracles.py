@@ -158,7 +158,7 @@ def test_text_longer_than_the_decoders_window_is_refused_with_the_next_step() ->
 def test_spans_of_other_sizes_are_refused_with_both_sizes() -> None:
     decoder = FrozenDecoder(tiny_backbone("llama"))
     wide = SoftSpan("w", 2, torch.arange(2), 2, torch.zeros(2, 48))
-    with pytest.raises(IncompatibleSpanError, match="rows of size 48.*reads rows of size 32"):
+    with pytest.raises(IncompatibleSpanError, match=r"rows of size 48.*reads rows of size 32"):
         decoder.splice([wide, "x"])
     deep = KVSpan("d", 2, torch.arange(2), 2, torch.zeros(3, 2, 2, 8), torch.zeros(3, 2, 2, 8))
     with pytest.raises(IncompatibleSpanError, match=r"\(3, 2, 2, 8\).*reads \(2, 2, 2, 8\)"):

@@ -41,7 +41,8 @@ def test_table_is_large_enough() -> None:
         assert 5 <= sum(fact.startswith(f"{kind}.") for fact in FACT_KINDS) <= 8
     for fact in FACT_KINDS:
         statements, questions = phrasings(fact)
-        assert len(set(statements)) >= 3 and len(set(questions)) >= 3
+        assert len(set(statements)) >= 3
+        assert len(set(questions)) >= 3
         assert all(re.search(r"\{[SPO]\}", template) for template in statements + questions)
 
 
@@ -80,7 +81,8 @@ def test_text_is_short_plain_and_names_its_subject(train: list[FictionalDocument
 def test_answers_are_verbatim_distinct_and_short(train: list[FictionalDocument]) -> None:
     for document in train:
         answers = [qa.answer for qa in document.questions]
-        assert 4 <= len(answers) <= 7 and len(set(answers)) == len(answers)
+        assert 4 <= len(answers) <= 7
+        assert len(set(answers)) == len(answers)
         for answer in answers:
             assert len(re.findall(rf"(?<!\w){re.escape(answer)}(?!\w)", document.text)) == 1
             assert 1 <= len(answer.split()) <= 5
@@ -95,8 +97,10 @@ def test_numbers_in_a_document_are_distinct(train: list[FictionalDocument]) -> N
 def test_questions_name_the_subject(train: list[FictionalDocument]) -> None:
     for document in train:
         for qa in document.questions + document.unanswerable:
-            assert document.subject in qa.question and qa.question.endswith("?")
-            assert qa.fact in FACT_KINDS and qa.fact.startswith(f"{document.kind}.")
+            assert document.subject in qa.question
+            assert qa.question.endswith("?")
+            assert qa.fact in FACT_KINDS
+            assert qa.fact.startswith(f"{document.kind}.")
 
 
 def test_unanswerable_facts_are_not_stated(train: list[FictionalDocument]) -> None:
@@ -104,4 +108,5 @@ def test_unanswerable_facts_are_not_stated(train: list[FictionalDocument]) -> No
         stated = {qa.fact for qa in document.questions}
         assert len({qa.question for qa in document.unanswerable}) == 2
         for qa in document.unanswerable:
-            assert qa.answer == NOT_STATED and qa.fact not in stated
+            assert qa.answer == NOT_STATED
+            assert qa.fact not in stated

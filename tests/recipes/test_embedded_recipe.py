@@ -26,7 +26,9 @@ def recipe() -> ModuleType:
 @pytest.fixture(scope="module")
 def model(recipe: ModuleType) -> torch.nn.Module:
     torch.manual_seed(0)
-    shape = recipe.Shape(vocab_size=90, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, lora_rank=4)
+    from model import Shape
+
+    shape = Shape(vocab_size=90, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, lora_rank=4)
     made = recipe.Model(shape)
     with torch.no_grad():
         for p in made.parameters():  # nothing stays zero: every path has to count
