@@ -35,6 +35,22 @@ class Document:
     text: str
     metadata: Metadata = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id:
+            raise InputError(f"expected a document id that is a non-empty string, got {self.id!r}")
+        if not isinstance(self.text, str):
+            raise InputError(f"document {self.id!r}: expected text, got {type(self.text).__name__}")
+        for what, value in (("id", self.id), ("text", self.text)):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"document {self.id!a}: its {what} cannot be stored as UTF-8: character "
+                                 f"{error.start} is {value[error.start]!a}") from None
+        for key, entry in self.metadata.items():
+            if not isinstance(key, str) or not isinstance(entry, str | int | float | bool | None):
+                raise InputError(f"document {self.id!r}: expected flat metadata (text, numbers, true, false, none), "
+                                 f"got {key!r}: {type(entry).__name__}")
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -81,11 +97,11 @@ def split_document(document: Document, encoder: TextEncoder, *, max_tokens: int,
     chunks: list[Chunk] = []
     start = 0
     while start < len(text):
-        end, count = splitter.end_of_chunk(start)
+        end, count = splitter.end_of_chunk(start, chunks[-1].end if chunks else start)
         chunks.append(Chunk(document.id, text[start:end], start, end, count, document.metadata))
         if end == len(text):
             break
-        start = max(splitter.start_of_overlap(end, overlap_tokens), start + 1) if overlap_tokens else end
+        start = splitter.start_of_overlap(start, end, overlap_tokens) if overlap_tokens else end
     return chunks
 
 
@@ -98,8 +114,8 @@ class _Splitter:
     def count(self, start: int, end: int) -> int:
         return len(self.encoder.encode(self.text[start:end]))
 
-    def end_of_chunk(self, start: int) -> tuple[int, int]:
-        """(end, tokens) of the longest chunk from `start` that ends at the best kind of boundary."""
+    def end_of_chunk(self, start: int, covered: int) -> tuple[int, int]:
+        """(end, tokens) of the longest chunk from `start` that ends at the best kind of boundary after `covered`."""
         limit, count = self._longest(start)
         if limit == len(self.text):
             return limit, count
@@ -107,7 +123,7 @@ class _Splitter:
         for pattern, least in zip(_BOUNDARIES, (0.5, 0.25, 0.0), strict=True):
             ends = [m.end() for m in pattern.finditer(self.text, start + 1, limit + 1) if m.end() <= limit]
             # a boundary is worth taking when it does not leave the chunk nearly empty
-            for end in reversed([e for e in ends if e - start >= least * (limit - start) and e > start]):
+            for end in reversed([e for e in ends if e - start >= least * (limit - start) and e > covered]):
                 tokens = self.count(start, end)
                 if tokens <= self.max_tokens and self.text[start:end].strip():
                     return end, tokens
@@ -140,11 +156,13 @@ class _Splitter:
             )
         return start + low, low_count
 
-    def start_of_overlap(self, end: int, overlap_tokens: int) -> int:
-        """The earliest word boundary from which the text up to `end` has at most `overlap_tokens` tokens."""
-        start = end
-        for match in reversed(list(_BOUNDARIES[2].finditer(self.text, max(0, end - 16 * overlap_tokens), end))):
+    def start_of_overlap(self, start: int, end: int, overlap_tokens: int) -> int:
+        """The earliest word boundary after `start` from which the text up to `end` has at most that many tokens."""
+        best = end
+        earliest = max(start + 1, end - 16 * overlap_tokens)
+        for match in reversed(list(_BOUNDARIES[2].finditer(self.text, earliest, end))):
             if self.count(match.start(), end) > overlap_tokens:
                 break
-            start = match.start()
-        return start
+            best = match.start()
+        # a chunk that could not reach past `end` would only repeat what its predecessor holds
+        return best if self._longest(best)[0] > end else end

@@ -1,6 +1,6 @@
 """The `ctxcomp` command: typed functions whose docstrings are the help.
 
-Exit codes: 0 done; 1 failed; 2 wrong input or usage; 3 damaged index; 130 interrupted.
+Exit codes: 0 done; 1 an error of our own; 2 an error that the message explains; 3 damaged index; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable
 from enum import StrEnum
@@ -16,16 +17,32 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from click import Abort, ClickException
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError
 
 app = typer.Typer(name="ctxcomp", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Compress documents once into memory spans; answer questions from the spliced spans.")
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
-_out = Console(highlight=False, soft_wrap=True)
+_PLAIN: dict[str, bool] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
+
+
+class _Safe(Console):
+    """Prints text as it is; control characters in documents, answers or names never reach the terminal."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(_printable(o) if isinstance(o, str) else o for o in objects), **options)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+
+
+_err = _Safe(stderr=True, **_PLAIN)  # type: ignore[arg-type]
+_out = _Safe(**_PLAIN)  # type: ignore[arg-type]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 IndexDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the index.")]
@@ -54,8 +71,7 @@ def precompress(
                                                "txt, md, html, jsonl, csv, parquet, pdf.")],
     out: Annotated[Path, typer.Option(help="Folder of the index; an index made by the same compressor is added to.")],
     compressor: Annotated[str, typer.Option(help="Method name, or folder of a saved compressor.")] = "icae",
-    factor: Annotated[float | None, typer.Option(help="Source tokens per slot, for chunks not there yet "
-                                               "[default: the compressor's].")] = None,
+    factor: Annotated[float | None, typer.Option(help="Source tokens per slot [default: the compressor's].")] = None,
     model: Model = "embedded",
     chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk [default: the compressor's].")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,
@@ -79,6 +95,7 @@ def precompress(
     else:
         from ctxcomp_rag.pipeline import CompressedRAG
 
+        _quiet()
         with CompressedRAG.create(out, model=model, compressor=compressor) as rag, \
                 tqdm(total=len(documents), unit="doc", desc="precompress", file=sys.stderr, disable=None) as bar:
             tokens = 0
@@ -97,8 +114,10 @@ def precompress(
     if as_json:
         _print_json(result)
         return
+    for name in result.get("replaced", ()):
+        _err.print(f"replaced {name}: its text has changed")
     for name, reason in failures.items():
-        _err.print(f"skipped {name}: {reason}", markup=False)
+        _err.print(f"skipped {name}: {reason}")
     verb = "would compress" if dry_run else "compressed"
     _out.print(f"{verb} {result['documents']} documents, {result['chunks']} chunks: {result['source_tokens']:,} tokens "
                f"-> {result['slots']:,} slots, {result['bytes']:,} bytes" + ("" if dry_run else f" in {out}"))
@@ -109,15 +128,14 @@ def precompress(
 
 def _estimate(documents: list[Any], model: str, compressor: str, factor: float | None, chunk_tokens: int | None,
               overlap: int, on_error: str, failures: dict[str, str]) -> dict[str, Any]:
-    import math
-
     from ctxcomp_rag.backbone import load_frozen
     from ctxcomp_rag.chunking import split_document
-    from ctxcomp_rag.pipeline import load_trained_compressor
+    from ctxcomp_rag.pipeline import chunk_limit, load_trained_compressor
 
+    _quiet()
     backbone = load_frozen(model)
     maker = load_trained_compressor(compressor, backbone)
-    limit = min(chunk_tokens or maker.max_chunk_tokens, maker.max_chunk_tokens)
+    limit = chunk_limit(maker, chunk_tokens)
     chunks = []
     done = 0
     for document in documents:
@@ -128,7 +146,7 @@ def _estimate(documents: list[Any], model: str, compressor: str, factor: float |
             if on_error == "stop":
                 raise
             failures[document.id] = str(error)
-    slots = sum(math.ceil(c.num_tokens / (factor or maker.compression_factor)) for c in chunks)
+    slots = sum(maker.num_slots(c.num_tokens, factor) for c in chunks)
     return {"dry_run": True, "documents": done, "chunks": len(chunks), "failures": failures,
             "source_tokens": sum(c.num_tokens for c in chunks), "slots": slots,
             "bytes": slots * backbone.hidden_size * backbone.dtype.itemsize}
@@ -152,6 +170,7 @@ def ask(
     from ctxcomp_rag.evaluation.timing import cache_bytes
     from ctxcomp_rag.pipeline import CompressedRAG
 
+    _quiet()
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     with CompressedRAG.open(index, model=model) as rag:
         began = time.perf_counter()
@@ -166,12 +185,12 @@ def ask(
     if as_json:
         _print_json({"answer": answer.text, "sources": sources, "usage": usage, "finish_reason": answer.finish_reason})
         return
-    _out.print(answer.text, markup=False)
+    _out.print(answer.text)
     for source in sources:
         place = f"{source['document_id']} [{source['start']}:{source['end']}]"
-        _err.print(f"  {source['score']:.3f}  {place}", markup=False)
+        _err.print(f"  {source['score']:.3f}  {place}")
     _err.print(f"  {usage['text_tokens']} text tokens + {usage['slots']} slots (for {usage['source_tokens']} source "
-               f"tokens), {usage['completion_tokens']} tokens generated, {seconds:.2f} s", markup=False)
+               f"tokens), {usage['completion_tokens']} tokens generated, {seconds:.2f} s")
 
 
 @app.command()
@@ -187,9 +206,9 @@ def inspect(index: IndexDir, as_json: Json = False) -> None:
         return
     for key, value in result.items():
         if key != "spec":
-            _out.print(f"{key:18} {value:,}" if isinstance(value, int) else f"{key:18} {value}", markup=False)
+            _out.print(f"{key:18} {value:,}" if isinstance(value, int) else f"{key:18} {value}")
     _out.print(f"{'decoder':18} {memory.spec.decoder}\n{'compressor':18} {memory.spec.compressor} "
-               f"({memory.spec.kind} spans, {memory.spec.slot_positions} positions)", markup=False)
+               f"({memory.spec.kind} spans, {memory.spec.slot_positions} positions)")
 
 
 @app.command()
@@ -204,9 +223,9 @@ def verify(index: IndexDir, as_json: Json = False) -> None:
         _print_json({"ok": report.ok, "chunks": report.chunks, "damaged": damaged, "notes": list(report.notes)})
     else:
         for note in report.notes:
-            _out.print(f"note: {note}", markup=False)
+            _out.print(f"note: {note}")
         for entry in report.damaged:
-            _out.print(f"damaged: chunk {entry.chunk_id} of {entry.document_id}: {entry.reason}", markup=False)
+            _out.print(f"damaged: chunk {entry.chunk_id} of {entry.document_id}: {entry.reason}")
         _out.print(f"{report.chunks} chunks, {len(damaged)} damaged" + ("" if report.ok else
                    "; delete the damaged documents and precompress them again"))
     if not report.ok:
@@ -219,16 +238,17 @@ def demo(seed: Annotated[int, typer.Option(help="Of the generated corpus: other 
     """Compress generated documents, answer from spans and from text, and score every system. Offline."""
     from ctxcomp_rag.demo import run_demo
 
-    result = run_demo(seed, documents=documents, say=lambda line: _err.print(f"... {line}", markup=False))
+    _quiet()
+    result = run_demo(seed, documents=documents, say=lambda line: _err.print(f"... {line}"))
     if as_json:
         _print_json(result.to_json())
         return
     for example in result.examples:
-        _out.print(f"\n[bold]{example.question}[/bold]   (expected: {example.expected})")
+        _out.print(f"\n{example.question}   (expected: {example.expected})", style="bold")
         table = Table("read from", "answer", "positions", "first token", "cache")
-        table.add_row("spans 4x", example.spans_answer, f"{example.spans_positions}",
+        table.add_row("spans 4x", Text(_printable(example.spans_answer)), f"{example.spans_positions}",
                       f"{1000 * example.spans_seconds:.1f} ms", f"{example.spans_cache_bytes / 1024:.0f} KiB")
-        table.add_row("raw text", example.text_answer, f"{example.text_positions}",
+        table.add_row("raw text", Text(_printable(example.text_answer)), f"{example.text_positions}",
                       f"{1000 * example.text_seconds:.1f} ms", f"{example.text_cache_bytes / 1024:.0f} KiB")
         _out.print(table)
     report = result.report
@@ -246,19 +266,30 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, default=str))
 
 
-def _guarded(run: Callable[[], Any]) -> NoReturn:
+def _quiet() -> None:
+    """No progress bar for loading a few weights; called where transformers is loaded anyway."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _guarded(run: Callable[..., Any]) -> NoReturn:
     try:
-        run()
+        # standalone mode would swallow KeyboardInterrupt and with it the sentence below
+        code = run(standalone_mode=False)
     except IndexDamagedError as error:
-        _err.print(f"error: {error}", markup=False, style="red")
+        _err.print(f"error: {error}", style="red")
         sys.exit(3)
     except CtxcompError as error:
-        _err.print(f"error: {error}", markup=False, style="red")
+        _err.print(f"error: {error}", style="red")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, Abort):
         _err.print("interrupted; what was committed is kept, run the same command again to go on")
         sys.exit(130)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def main() -> NoReturn:

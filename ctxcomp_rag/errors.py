@@ -6,10 +6,9 @@
     ├── IncompatibleSpanError(ValueError) a span was made for another decoder or compressor
     ├── UnsupportedModelError(ValueError) this architecture cannot do what was asked, with the reason
     ├── ModelLoadError(OSError)           a model, tokenizer or compressor cannot be loaded
-    ├── IndexFolderError(OSError)         an index folder is missing, damaged, or in use
-    │   ├── IndexDamagedError
-    │   └── IndexLockedError
-    └── GenerationError(RuntimeError)     decoding stopped for a reason that is not the caller's
+    └── IndexFolderError(OSError)         an index folder is missing, damaged, or in use
+        ├── IndexDamagedError
+        └── IndexLockedError
 
 Each class also derives from the builtin that a caller would expect, so `except ValueError` works.
 Messages are sentences: what was expected, what was found, what to type next.
@@ -52,7 +51,3 @@ class IndexDamagedError(IndexFolderError):
 
 class IndexLockedError(IndexFolderError):
     """Another process is writing to the index."""
-
-
-class GenerationError(CtxcompError, RuntimeError):
-    """Decoding stopped for a reason that is not the caller's."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, embedded_path, load_frozen
 from ctxcomp_rag.chunking import Chunk, Document, split_document
-from ctxcomp_rag.compressors import Compressor, compressor_class, load_compressor
+from ctxcomp_rag.compressors import COMPRESSORS, Compressor, compressor_class, load_compressor
 from ctxcomp_rag.decoding import (
     FrozenDecoder,
     GenerationSettings,
@@ -46,6 +46,7 @@ class IndexReport:
     slots: int
     seconds: float
     failures: Mapping[str, str]
+    replaced: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +93,12 @@ class CompressedRAG:
             compressor: name of a method ("icae": the trained compressor of the embedded model), or the folder of a
                 saved compressor.
         """
-        backbone = load_frozen(model)
+        index = MemoryIndex.open(path) if Path(path).is_dir() and any(Path(path).iterdir()) else None
+        # an index fixes the dtype: spans of float32 and of bfloat16 weights are not the same
+        backbone = load_frozen(model, dtype=index.spec.decoder.dtype if index else None)
         maker = load_trained_compressor(compressor, backbone)
         retriever = load_retrieval_encoder(encoder or DEFAULT_ENCODER)
-        if Path(path).exists() and any(Path(path).iterdir()):
-            index = MemoryIndex.open(path)
+        if index:
             index.spec.require_compressor(maker.spec)
         else:
             size = embed_texts(retriever, ["size"]).shape[1]
@@ -109,7 +111,7 @@ class CompressedRAG:
         """Open an index for reading; the decoder is the one the index names unless `model` says where it is."""
         index = MemoryIndex.open(path, read_only=True)
         backbone = load_frozen(model if model is not None else index.spec.decoder.model_id,
-                               revision=index.spec.decoder.revision or None)
+                               revision=index.spec.decoder.revision or None, dtype=index.spec.decoder.dtype)
         return cls(backbone, index, load_retrieval_encoder(encoder or index.retrieval_encoder))
 
     # -- offline -----------------------------------------------------------------------------------------------------
@@ -128,19 +130,22 @@ class CompressedRAG:
         """
         if self.compressor is None:
             raise InputError("this index was opened for reading; use CompressedRAG.create(path) to add documents")
-        limit = min(max_chunk_tokens or self.compressor.max_chunk_tokens, self.compressor.max_chunk_tokens)
+        limit = chunk_limit(self.compressor, max_chunk_tokens)
+        self.compressor.num_slots(limit, factor)  # refuses a factor that cannot be made before anything is written
         began = time.perf_counter()
         counts = dict.fromkeys(("documents", "chunks", "added", "skipped", "removed", "source_tokens", "slots"), 0)
         failures: dict[str, str] = {}
         pending: list[Chunk] = []
         stale: set[str] = set()
+        replaced: list[str] = []
         seen: set[str] = set()
         waiting = 0
 
         def commit() -> None:
             nonlocal pending, stale, waiting
-            added, slots = self._store(pending, factor)
+            added, slots, changed = self._store(pending, factor)
             counts["added"] += added
+            counts["removed"] += changed
             counts["skipped"] += len(pending) - added
             counts["slots"] += slots
             if stale:  # only now: a job that is killed in between leaves old and new chunks, never neither
@@ -161,7 +166,10 @@ class CompressedRAG:
                     raise
                 failures[document.id] = str(error)
                 continue
-            stale |= set(self.memory.document_chunks(document.id)) - {c.id for c in chunks}
+            outdated = set(self.memory.document_chunks(document.id)) - {c.id for c in chunks}
+            if outdated:
+                stale |= outdated
+                replaced.append(document.id)
             counts["documents"] += 1
             counts["chunks"] += len(chunks)
             counts["source_tokens"] += sum(c.num_tokens for c in chunks)
@@ -173,18 +181,28 @@ class CompressedRAG:
             commit()
         if not counts["documents"] and not failures:
             raise InputError("the corpus is empty: no document was given")
-        return IndexReport(**counts, seconds=time.perf_counter() - began, failures=failures)
+        return IndexReport(**counts, seconds=time.perf_counter() - began, failures=failures,
+                           replaced=tuple(replaced))
 
-    def _store(self, chunks: Sequence[Chunk], factor: float | None) -> tuple[int, int]:
+    def _store(self, chunks: Sequence[Chunk], factor: float | None) -> tuple[int, int, int]:
+        """Commit what is missing; returns chunks added, slots of all chunks, chunks made anew because they differed."""
         assert self.compressor is not None
         missing = self.memory.missing([c.id for c in chunks])
-        fresh = [c for c in chunks if c.id in missing]
+        known = {c.id: c for c in chunks if c.id not in missing}
+        stored = self.memory.get(list(known)) if known else []
+        changed = {s.chunk.id for s in stored if dict(s.chunk.metadata) != dict(known[s.chunk.id].metadata)
+                   or (factor is not None
+                       and s.span.num_slots != self.compressor.num_slots(s.span.num_source_tokens, factor))}
+        slots = sum(s.span.num_slots for s in stored if s.chunk.id not in changed)
+        fresh = list({c.id: c for c in chunks if c.id in missing | changed}.values())
         if not fresh:
-            return 0, 0
+            return 0, slots, 0
         spans = self.compressor.compress(fresh, compression_factor=factor)
         vectors = embed_texts(self.encoder, [c.text for c in fresh])
+        if changed:
+            self.memory.delete(chunk_ids=changed)
         report = self.memory.add(fresh, spans, vectors, spec=self.compressor.spec)
-        return report.added, sum(s.num_slots for s in spans)
+        return report.added, slots + sum(s.num_slots for s in spans), len(changed)
 
     # -- online ------------------------------------------------------------------------------------------------------
 
@@ -193,6 +211,9 @@ class CompressedRAG:
         """The chunks nearest to a question, best first."""
         if not question.strip():
             raise InputError("the question is empty")
+        if not len(self.memory):
+            raise InputError(f"the index in {str(self.memory.path)!r} holds no documents; run ctxcomp precompress "
+                             "PATH... --out DIR first")
         return self.memory.search(embed_texts(self.encoder, [question]), top_k, where=where)[0]
 
     def prompt(self, question: str, sources: Sequence[RetrievedSpan], mode: Mode = "spans") -> list[Part]:
@@ -247,6 +268,14 @@ class CompressedRAG:
         self.close()
 
 
+def chunk_limit(compressor: Compressor, max_chunk_tokens: int | None) -> int:
+    """Longest chunk in tokens; raises InputError for a limit that the compressor was not made for."""
+    longest = compressor.max_chunk_tokens
+    if max_chunk_tokens is not None and not 1 <= max_chunk_tokens <= longest:
+        raise InputError(f"expected chunks of 1 to {longest} tokens for this compressor, got {max_chunk_tokens}")
+    return max_chunk_tokens or longest
+
+
 def prompt_parts(backbone: Backbone, question: str, contents: Sequence[Sequence[Part]]) -> list[Part]:
     """The one prompt layout: contents and question, in one user message of the model's chat template."""
     body: list[Part] = []
@@ -274,14 +303,24 @@ def without_leading_space(pieces: Iterator[str]) -> Iterator[str]:
 
 def load_trained_compressor(compressor: str | Path, backbone: Backbone) -> Compressor:
     """A saved compressor by folder, or the one that comes with the embedded model by method name."""
-    if Path(compressor).is_dir():
+    if str(compressor) not in COMPRESSORS and Path(compressor).is_dir():
         return load_compressor(compressor, backbone)
-    kind = compressor_class(str(compressor))
+    kind = compressor_class(str(compressor))  # a name of the registry wins over a folder of that name
     if backbone.model_id != EMBEDDED_MODEL:
         raise InputError(f"there is no trained {kind.name} compressor for {backbone.model_id!r} in this package; "
                          f"train one and pass its folder, or use --model {EMBEDDED_MODEL}")
     return kind.from_pretrained(embedded_path(kind.name), backbone)
 
 
-__all__ = ["DEFAULT_TOP_K", "MODES", "Answer", "CompressedRAG", "IndexReport", "Mode", "load_trained_compressor",
-           "prompt_parts", "truncated_part"]
+__all__ = [
+    "DEFAULT_TOP_K",
+    "MODES",
+    "Answer",
+    "CompressedRAG",
+    "IndexReport",
+    "Mode",
+    "chunk_limit",
+    "load_trained_compressor",
+    "prompt_parts",
+    "truncated_part",
+]

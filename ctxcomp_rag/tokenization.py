@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from ctxcomp_rag.errors import InputError, UnsupportedModelError
@@ -30,32 +30,39 @@ class TextTokenizer:
             )
         self.hf = tokenizer
         definition = json.loads(backend.to_str())
-        self.control_ids = frozenset(t["id"] for t in definition["added_tokens"]) | frozenset(tokenizer.all_special_ids)
+        named = {t["id"] for t in definition["added_tokens"]} | set(tokenizer.all_special_ids)
+        self.control_ids = frozenset(named - {tokenizer.unk_token_id})  # an unknown character controls nothing
+        definition["truncation"] = definition["padding"] = None  # settings of past calls, not of the tokenizer
+        self._definition = json.dumps(definition, sort_keys=True)
         definition["added_tokens"] = []
-        definition["truncation"] = definition["padding"] = definition["post_processor"] = None
+        definition["post_processor"] = None
         self._plain: Tokenizer = Tokenizer.from_str(json.dumps(definition))
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; never a special or added token, even where the text spells one."""
+        ids: list[int] = []
+        while True:
+            encoding = self._encode(text)
+            hit = next((i for i, token in enumerate(encoding.ids) if token in self.control_ids), None)
+            if hit is None:
+                return ids + encoding.ids
+            # A unigram vocabulary can hold the control token as an ordinary piece: cut inside it, go on behind.
+            begin, end = encoding.offsets[hit]
+            if end - begin < 2:
+                raise UnsupportedModelError(f"the tokenizer maps the plain character {text[begin:end]!r} to the "
+                                            f"control token id {encoding.ids[hit]}")
+            ids += self._encode(text[: begin + 1]).ids
+            text = text[begin + 1 :]
+
+    def _encode(self, text: str) -> Encoding:
         try:
-            encoding = self._plain.encode(text, add_special_tokens=False)
+            return self._plain.encode(text, add_special_tokens=False)
         except TypeError as error:
             lone = [i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"]
             if not lone:
                 raise
             raise InputError(f"the text is not valid Unicode: character {lone[0]} is the lone surrogate "
                              f"{text[lone[0]]!a}; repair it where it was decoded") from error
-        ids: list[int] = encoding.ids
-        hits = [i for i, token in enumerate(ids) if token in self.control_ids]
-        if not hits:
-            return ids
-        begin, end = encoding.offsets[hits[0]]
-        if end - begin < 2:
-            raise UnsupportedModelError(
-                f"the tokenizer maps the plain character {text[begin:end]!r} to the control token id {ids[hits[0]]}"
-            )
-        # A unigram vocabulary can hold the control token as an ordinary piece: cut inside it and encode both sides.
-        return self.encode(text[: begin + 1]) + self.encode(text[begin + 1 :])
 
     def encode_template(self, text: str) -> list[int]:
         """Ids of trusted template text; control tokens are recognised."""
@@ -71,5 +78,4 @@ class TextTokenizer:
     def digest(self) -> str:
         """sha256 of the tokenizer's definition and chat template."""
         template = self.hf.chat_template or ""
-        definition = self.hf.backend_tokenizer.to_str()
-        return hashlib.sha256((definition + json.dumps(template, sort_keys=True)).encode()).hexdigest()
+        return hashlib.sha256((self._definition + json.dumps(template, sort_keys=True)).encode()).hexdigest()

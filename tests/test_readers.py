@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import csv
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -207,16 +208,19 @@ class _Stdin(io.TextIOWrapper):
 class TestStdin:
     @pytest.mark.parametrize("content", ["two\nlines\r\n", '{"text": "a brace"\n', "{curly} words", '["text"]'])
     def test_text(self, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        name = "stdin@" + hashlib.sha256(content.encode()).hexdigest()[:12]
         monkeypatch.setattr(sys, "stdin", _Stdin(content.encode()))
-        assert list(read_documents(["-"])) == [Document("stdin", content, {"source": "stdin"})]
+        assert list(read_documents(["-"])) == [Document(name, content, {"source": name})]
 
     def test_json_lines(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys, "stdin", _Stdin(b'\n {"text": "a"}\n{"text": "b"}'))
-        assert texts("-") == {"stdin#2": "a", "stdin#3": "b"}
+        rows = b'\n {"text": "a"}\n{"text": "b"}'
+        name = "stdin@" + hashlib.sha256(rows).hexdigest()[:12]
+        monkeypatch.setattr(sys, "stdin", _Stdin(rows))
+        assert texts("-") == {f"{name}#2": "a", f"{name}#3": "b"}
 
     def test_a_text_stream_in_its_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stdin", io.StringIO("wörds"))
-        assert texts("-") == {"stdin": "wörds"}
+        assert texts("-") == {"stdin@" + hashlib.sha256("wörds".encode()).hexdigest()[:12]: "wörds"}
 
     def test_empty(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stdin", _Stdin(b"\n"))

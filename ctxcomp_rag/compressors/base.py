@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.errors import ModelLoadError
+from ctxcomp_rag.errors import InputError, ModelLoadError
 from ctxcomp_rag.spans import MemorySpan, SpanSpec
 
 CONFIG_NAME = "ctxcomp_config.json"
@@ -45,6 +46,11 @@ class Compressor(ABC):
     def compress(self, chunks: Sequence[Chunk], *, compression_factor: float | None = None) -> list[MemorySpan]:
         """One span for each chunk, in order. Raises InputError for a factor that the compressor cannot make."""
 
+    def num_slots(self, num_tokens: int, compression_factor: float | None = None) -> int:
+        """Slots of the span of a text of so many tokens; raises InputError as `compress` would."""
+        factor = self.compression_factor if compression_factor is None else checked_factor(compression_factor)
+        return math.ceil(num_tokens / factor)
+
     @abstractmethod
     def save_pretrained(self, path: str | Path) -> None:
         """Write weights and settings to a folder that `from_pretrained` reads."""
@@ -63,6 +69,13 @@ class Compressor(ABC):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision))
+
+
+def checked_factor(compression_factor: float) -> float:
+    """The factor, if it is one; raises InputError otherwise."""
+    if not 1 <= compression_factor < math.inf:
+        raise InputError(f"expected a compression factor of at least 1, got {compression_factor:g}")
+    return compression_factor
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, read_config
+from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, checked_factor, read_config
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError, ModelLoadError
 from ctxcomp_rag.spans import DecoderFingerprint, SlotPositions, SoftSpan, SpanSpec
 
@@ -244,9 +245,10 @@ class ICAECompressor(Compressor, nn.Module):
         if self.config.slots == "fixed":
             raise InputError(f"this compressor makes {self.config.num_memory_tokens} slots of every segment "
                              f"({self.config.compression_factor:g}x); it cannot make {compression_factor:g}x")
-        if not compression_factor >= 1:
-            raise InputError(f"expected a compression factor of at least 1, got {compression_factor:g}")
-        return compression_factor
+        return checked_factor(compression_factor)
+
+    def num_slots(self, num_tokens: int, compression_factor: float | None = None) -> int:
+        return len(self.span_positions(num_tokens, compression_factor)[0])
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -268,8 +270,15 @@ class ICAECompressor(Compressor, nn.Module):
     def from_pretrained(cls, path: str | Path, backbone: Backbone) -> Self:
         folder = Path(path)
         settings = read_config(folder)
-        trained_for = DecoderFingerprint(**settings.pop("decoder"))
-        settings.pop("method")
+        try:
+            trained_for = DecoderFingerprint(**settings.pop("decoder"))
+            settings.pop("method")
+            for key in ("delimiters", "lora_targets"):
+                settings[key] = tuple(settings[key])
+            config = ICAEConfig(**settings)
+        except (KeyError, TypeError) as error:
+            raise ModelLoadError(f"the settings of the compressor in {str(folder)!r} are not those of {cls.name}: "
+                                 f"{error}") from error
         different = [d for d in trained_for.differences(backbone.fingerprint) if d not in ("dtype", "weights_digest")]
         if different or (trained_for.dtype == backbone.fingerprint.dtype
                          and trained_for.weights_digest != backbone.fingerprint.weights_digest):
@@ -277,11 +286,13 @@ class ICAECompressor(Compressor, nn.Module):
                 f"the compressor in {str(folder)!r} was trained for the decoder {trained_for}, but this decoder is "
                 f"{backbone.fingerprint}; they differ in {', '.join(different or ['weights_digest'])}"
             )
-        for key in ("delimiters", "lora_targets"):
-            settings[key] = tuple(settings[key])
+        if trained_for.dtype != backbone.fingerprint.dtype:
+            warnings.warn(f"the compressor in {str(folder)!r} was trained for the decoder in {trained_for.dtype}, this "
+                          f"one is loaded in {backbone.fingerprint.dtype}; whether the weights are the same cannot be "
+                          "checked", stacklevel=2)
         try:
             encoder = PeftModel.from_pretrained(backbone.second_tree(), str(folder), is_trainable=True)
             memory = load_file(folder / _MEMORY_FILE)["memory_tokens"]
         except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelLoadError(f"the compressor in {str(folder)!r} cannot be loaded: {error}") from error
-        return cls(backbone, ICAEConfig(**settings), encoder=encoder, memory_tokens=memory)
+        return cls(backbone, config, encoder=encoder, memory_tokens=memory)

@@ -41,6 +41,8 @@ class FrozenDecoder:
     @torch.inference_mode()
     def batch(self, prompts: Sequence[Sequence[Part]], settings: GenerationSettings | None = None) -> list[Generation]:
         """One answer for each prompt, in order, computed in one left-padded batch; equal to one at a time."""
+        if isinstance(prompts, str):
+            raise InputError("expected a list of prompts, got one string; use generate for a single prompt")
         if not prompts:
             return []
         settings = settings or GenerationSettings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.tokenization import TextTokenizer
 
 FinishReason = Literal["stop", "length"]
+_GREEDY_BELOW = 1e-4  # logits divided by less overflow; the sample is the greedy token anyway
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,13 @@ class GenerationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # a string is a sequence of strings: it would stop at every letter
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "seed", self.seed % 2**63)
         if self.max_new_tokens < 1:
             raise InputError(f"expected max_new_tokens of at least 1, got {self.max_new_tokens}")
-        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise InputError(f"expected temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}")
         if any(not s for s in self.stop):
             raise InputError("a stop string must not be empty")
@@ -58,10 +64,10 @@ class Sampler:
     """Picks the next token of one request."""
 
     def __init__(self, settings: GenerationSettings, device: torch.device) -> None:
-        self.greedy = settings.temperature == 0
+        self.greedy = settings.temperature < _GREEDY_BELOW
         if not self.greedy:
             self.generator = torch.Generator(device=device).manual_seed(settings.seed)
-            self.warpers = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
+            self.warpers = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
             if settings.top_p < 1:
                 self.warpers.append(TopPLogitsWarper(settings.top_p))
 

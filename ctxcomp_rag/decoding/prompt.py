@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from jinja2 import TemplateError
 from torch import Tensor
 
 from ctxcomp_rag.errors import InputError, UnsupportedModelError
@@ -52,6 +53,12 @@ class Message:
     role: str
     content: tuple[Part, ...]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.content, str):  # a string is a sequence of strings: it would be read letter by letter
+            object.__setattr__(self, "content", (self.content,))
+        if not re.fullmatch(r"[A-Za-z][A-Za-z_-]*", self.role):
+            raise InputError(f"expected a role such as 'user', 'assistant' or 'system', got {self.role!r}")
+
 
 def enclosed(span: MemorySpan, spec: SpanSpec) -> list[Part]:
     """The span between the delimiters of its specification (none for a compressor that has none)."""
@@ -82,10 +89,14 @@ def render_chat(tokenizer: TextTokenizer, messages: Sequence[Message], *,
     cursor = iter(names)
     chat = [{"role": m.role, "content": "".join(next(cursor) for _ in m.content)} for m in messages]
     if tokenizer.hf.chat_template:
-        rendered = str(tokenizer.hf.apply_chat_template(chat, tokenize=False,
-                                                        add_generation_prompt=add_generation_prompt))
+        try:
+            rendered = str(tokenizer.hf.apply_chat_template(chat, tokenize=False,
+                                                            add_generation_prompt=add_generation_prompt))
+        except TemplateError as error:
+            raise UnsupportedModelError(f"the chat template of this model refuses these messages: {error}") from error
     else:
-        rendered = "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in chat)
+        rendered = str(tokenizer.hf.bos_token or "")
+        rendered += "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in chat)
         rendered += "\n\nAssistant:" if add_generation_prompt else ""
     pieces = re.split(f"(ctxcomp{nonce}p[0-9]+q)", rendered)
     if pieces[1::2] != names:

@@ -75,7 +75,7 @@ def splice(parts: Sequence[Part], backbone: Backbone) -> SplicedPrompt:
         UnsupportedModelError: a KV span would have to be moved on an architecture whose keys cannot be moved.
     """
     builder = _Builder(backbone)
-    for part in parts:
+    for part in [parts] if isinstance(parts, str) else parts:
         builder.add(part)
     return builder.finish()
 

@@ -53,7 +53,8 @@ def read_documents(
     passed on as it stands in the file (only HTML and PDF are turned into text), without a byte order mark.
 
     Ids: the path as given, or for a file of a folder its path from that folder on (`kb/faq/a.md`); rows are
-    `path#row`, counted from 1 (JSON lines: the line number), unless `id_column` names them. Standard input is `stdin`.
+    `path#row`, counted from 1 (JSON lines: the line number), unless `id_column` names them. Standard input is
+    `stdin@` and 12 hex digits of its content's sha256.
     Metadata: `source` (the id without the row) and the `metadata_columns` of a row; dates become ISO 8601 strings.
     In JSON lines a metadata field must be in the first row and is None where later rows lack it.
 

@@ -12,7 +12,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import IO, Any, TypeAlias, cast
 
-from ctxcomp_rag.chunking import Document
+from ctxcomp_rag.chunking import Document, Metadata
 from ctxcomp_rag.errors import InputError
 
 Item: TypeAlias = tuple[str, Document | InputError]
@@ -101,7 +101,7 @@ class Columns:
             except UnicodeEncodeError as error:  # JSON can spell what no tokenizer can read
                 half = string[error.start]
                 return place, InputError(f"{place} holds half of a surrogate pair ({half!r}), which is not text")
-        return place, Document(name, text, metadata)
+        return place, document_or_error(name, text, metadata)
 
 
 def decode(data: bytes, place: str) -> str:
@@ -158,3 +158,11 @@ def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null", bytes: "bytes"}
     shown = names.get(type(value), type(value).__name__)
     return "an empty string" if value == "" else f"{shown} ({value!r})" if isinstance(value, int | float) else shown
+
+
+def document_or_error(name: str, text: str, metadata: Metadata) -> Document | InputError:
+    """The document, or what is wrong with it: the caller decides whether that stops the job."""
+    try:
+        return Document(name, text, metadata)
+    except InputError as error:
+        return error

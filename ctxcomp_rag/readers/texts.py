@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 
-from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.errors import InputError
-from ctxcomp_rag.readers.sources import Columns, Item, Source, decode, stdin_bytes
+from ctxcomp_rag.readers.sources import Columns, Item, Source, decode, document_or_error, stdin_bytes
 from ctxcomp_rag.readers.tables import json_rows, parse_row
 
 
@@ -30,6 +31,8 @@ def read_html(source: Source, columns: Columns) -> Iterator[Item]:
 def read_stdin(source: Source, columns: Columns) -> Iterator[Item]:
     data = stdin_bytes()
     text = decode(data, source.place)
+    # named by its content: another text on standard input is another document and replaces nothing
+    source = replace(source, name=f"{source.name}@{hashlib.sha256(data).hexdigest()[:12]}")
     first = next((line for line in text.split("\n") if line.strip()), "")
     if first.lstrip().startswith("{"):
         try:
@@ -69,7 +72,7 @@ def read_pdf(source: Source, columns: Columns) -> Iterator[Item]:
 def _whole(text: str, source: Source, empty: str = "is empty; leave it out") -> Item:
     if not text.strip():
         return source.place, InputError(f"{source.place} {empty}")
-    return source.place, Document(source.name, text, {"source": source.name})
+    return source.place, document_or_error(source.name, text, {"source": source.name})
 
 
 _UNSEEN = frozenset({"script", "style", "template", "noscript", "noframes", "noembed", "iframe"})

@@ -73,7 +73,7 @@ def test_without_a_template_roles_are_written_out() -> None:
         parts = render_chat(TOKENIZER, [Message("user", ("hi",))])
     finally:
         hf.chat_template = CHAT_TEMPLATE
-    assert "".join(p.text if isinstance(p, Text) else str(p) for p in parts) == "User: hi\n\nAssistant:"
+    assert "".join(p.text if isinstance(p, Text) else str(p) for p in parts) == "<|bos|>User: hi\n\nAssistant:"
 
 
 def spec_with(**delimiters: torch.Tensor) -> SpanSpec:
