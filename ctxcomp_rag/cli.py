@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from click import Abort, ClickException
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -273,32 +272,26 @@ def _quiet() -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _guarded(run: Callable[..., Any]) -> NoReturn:
-    try:
-        # standalone mode would swallow KeyboardInterrupt and with it the sentence below
-        code = run(standalone_mode=False)
-    except IndexDamagedError as error:
-        _err.print(f"error: {error}", style="red")
-        sys.exit(3)
-    except CtxcompError as error:
-        _err.print(f"error: {error}", style="red")
-        sys.exit(2)
-    except ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (KeyboardInterrupt, Abort):
-        _err.print("interrupted; what was committed is kept, run the same command again to go on")
-        sys.exit(130)
-    sys.exit(code if isinstance(code, int) else 0)
+def _interrupted(*_: object) -> NoReturn:
+    _err.print("interrupted; what was committed is kept, run the same command again to go on")
+    sys.exit(130)
 
 
 def main() -> NoReturn:
     """Entry point of the console script."""
+    # typer would turn a KeyboardInterrupt into an exit without a word
+    signal.signal(signal.SIGINT, _interrupted)
+    signal.signal(signal.SIGTERM, _interrupted)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    _guarded(app)
+    try:
+        app()
+    except CtxcompError as error:
+        _err.print(f"error: {error}", style="red")
+        sys.exit(3 if isinstance(error, IndexDamagedError) else 2)
+    sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -128,3 +129,31 @@ def test_chunk_id_depends_on_document_place_and_text() -> None:
 def test_refusals(text: str, options: dict[str, int], match: str) -> None:
     with pytest.raises(InputError, match=match):
         split_document(Document("d", text), ENCODER, **options)
+
+
+@pytest.mark.parametrize("overlap", [8, 32, 48, 64, 100, 127])
+def test_chunks_make_progress_whatever_the_overlap(overlap: int) -> None:
+    """Ends strictly increase: no chunk lies inside its predecessor, and the count stays near the ideal."""
+    class Words:
+        def encode(self, text: str) -> list[int]:
+            return [0] * len(text.split())
+
+    text = "\n\n".join(" ".join(f"word{i}" for i in range(118)) + "." for _ in range(4))
+    chunks = split_document(Document("d", text), Words(), max_tokens=128, overlap_tokens=overlap)
+    ends = [c.end for c in chunks]
+    assert all(a < b for a, b in itertools.pairwise(ends))
+    assert all(b.start > a.start for a, b in itertools.pairwise(chunks))
+    assert len(chunks) <= 2 * (4 + 4 * 118 // (128 - overlap))
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    (("", "x"), "non-empty string, got ''"),
+    ((7, "x"), "non-empty string, got 7"),
+    (("n", None), "document 'n': expected text, got NoneType"),
+    (("n", "\ud800"), "its text cannot be stored as UTF-8"),
+    (("n\udcff", "x"), "its id cannot be stored as UTF-8"),
+    (("n", "x", {"tags": ["a"]}), "expected flat metadata .* got 'tags': list"),
+])
+def test_documents_that_could_not_be_stored_are_refused_by_name(fields: tuple[object, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Document(*fields)  # type: ignore[arg-type]

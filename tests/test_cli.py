@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,10 @@ def test_a_broken_file_stops_the_job_by_name_or_is_skipped(folder: Path, tmp_pat
 @pytest.mark.parametrize(("arguments", "message"), [
     (["precompress", "no/such/path", "--out", "x"], "no/such/path"),
     (["precompress", "{folder}", "--out", "{tmp}/x", "--text-column", "body"], "body"),
+    (["precompress", "{folder}", "--out", "{tmp}/x", "--factor", "nan", "--dry-run"], "factor of at least 1"),
+    (["precompress", "{folder}", "--out", "{tmp}/x", "--chunk-tokens", "0"], "expected chunks of 1 to"),
+    (["precompress", "{folder}", "--out", "{folder}/more.jsonl"], "a file is there"),
+    (["precompress"], "Missing argument"),
     (["precompress", "{folder}", "--out", "{tmp}/x", "--compressor", "zip"], "there is no compressor 'zip'"),
     (["precompress", "{folder}", "--out", "{tmp}/x", "--model", "no-such/model"], "could be fetched"),
     (["precompress", "{tmp}", "--out", "{tmp}/x"], "no document"),
@@ -132,6 +138,33 @@ def test_wrong_input_gets_a_sentence_and_exit_code_2(arguments: list[str], messa
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_documents_and_names_spell_is_printed_as_it_is_and_cannot_drive_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "a:b:c.txt").write_text("Some [/b] text \x1b]0;title\x07 of 1:100:2.", encoding="utf-8")
+    out = tmp_path / "kb[/x]"
+    done = ctxcomp("precompress", tmp_path / "a:b:c.txt", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "kb[/x]" in done.stdout
+    asked = ctxcomp("ask", out, "what?", "--mode", "text")
+    assert asked.returncode == 0, asked.stderr
+    assert "a:b:c.txt" in asked.stderr
+    assert "\x1b" not in asked.stdout + asked.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    code = ("import sys, ctxcomp_rag.cli as c; print('ready', flush=True); "
+            "sys.argv = ['ctxcomp', 'precompress', '-', '--out', 'kb']; c.main()")
+    waiting = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    assert waiting.stdout is not None
+    assert waiting.stdout.readline() == "ready\n"
+    time.sleep(1)  # it now waits for standard input
+    waiting.send_signal(signal.SIGINT)
+    _, said = waiting.communicate(timeout=120)
+    assert waiting.returncode == 130
+    assert "run the same command again to go on" in said
 
 
 @pytest.mark.parametrize("command", ["", "precompress", "ask", "inspect", "verify", "demo"])

@@ -70,6 +70,43 @@ def test_a_changed_document_replaces_its_old_chunks(tmp_path: Path) -> None:
         assert {c.text for c in made.memory.chunks()} == {"A new text, quite different.", "Another one."}
 
 
+def test_another_factor_or_other_metadata_make_a_chunk_anew(tmp_path: Path) -> None:
+    with CompressedRAG.create(tmp_path / "kb") as made:
+        made.index([Document("a", CORPUS[0].text)], factor=4)
+        before = next(iter(made.memory.chunks())).num_tokens
+        at_8x = made.index([Document("a", CORPUS[0].text)], factor=8)
+        assert (at_8x.added, at_8x.removed, at_8x.slots) == (1, 1, -(-before // 8))
+        tagged = made.index([Document("a", CORPUS[0].text, {"year": 2024})])
+        assert tagged.added == 1
+        assert len(made.retrieve("anything", where={"year": 2024})) == 1
+        assert made.index([Document("a", CORPUS[0].text, {"year": 2024})]).added == 0
+
+
+def test_an_empty_index_is_not_asked(tmp_path: Path) -> None:
+    with CompressedRAG.create(tmp_path / "kb") as made, pytest.raises(InputError, match="holds no documents"):
+        made.answer("why?")
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"factor": 0.5}, "factor of at least 1, got 0.5"),
+    ({"factor": float("nan")}, "factor of at least 1, got nan"),
+    ({"max_chunk_tokens": 0}, r"expected chunks of 1 to \d+ tokens .* got 0"),
+    ({"max_chunk_tokens": 100_000}, r"expected chunks of 1 to \d+ tokens"),
+    ({"overlap_tokens": 500}, "0 <= overlap_tokens < max_tokens"),
+])
+def test_limits_that_make_no_sense_are_refused(rag: CompressedRAG, options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        rag.index(DOCUMENTS, **options)  # type: ignore[arg-type]
+
+
+def test_a_folder_with_the_name_of_a_method_does_not_stand_for_it(tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "icae").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with CompressedRAG.create("kb") as made:
+        assert made.index(DOCUMENTS[:1]).added >= 1
+
+
 def test_an_index_is_read_without_its_compressor(rag: CompressedRAG) -> None:
     question = CORPUS[2].questions[0].question
     expected = rag.answer(question, settings=SHORT)

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, TokenIds
+from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, Message, TokenIds
 from ctxcomp_rag.errors import InputError
 from tests.tiny_models import tiny_backbone
 
@@ -121,6 +121,20 @@ def test_two_threads_get_what_one_gets(decoder: FrozenDecoder) -> None:
 def test_settings_that_make_no_sense_are_refused(field: str, value: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         GenerationSettings(**{field: value})  # type: ignore[arg-type]
+
+
+def test_a_plain_string_is_one_part_not_a_sequence_of_letters(decoder: FrozenDecoder) -> None:
+    assert decoder.generate("and the", GenerationSettings(4)) == decoder.generate(["and the"], GenerationSettings(4))
+    assert Message("user", "and the").content == ("and the",)  # type: ignore[arg-type]
+    assert GenerationSettings(stop="END").stop == ("END",)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="use generate for a single prompt"):
+        decoder.batch("and the")
+
+
+@pytest.mark.parametrize("settings", [GenerationSettings(4, temperature=1), GenerationSettings(4, seed=2**70),
+                                      GenerationSettings(4, temperature=1e-40)])
+def test_unusual_numbers_do_not_break_the_sampling(decoder: FrozenDecoder, settings: GenerationSettings) -> None:
+    assert decoder.generate(PROMPT, settings).completion_tokens == 4
 
 
 def test_inference_leaves_no_gradient_graph(decoder: FrozenDecoder) -> None:

@@ -66,6 +66,18 @@ def test_a_template_that_drops_or_repeats_content_is_refused() -> None:
             tokenizer.hf.chat_template = CHAT_TEMPLATE
 
 
+def test_a_template_that_refuses_a_role_says_why_and_a_role_cannot_name_control_tokens() -> None:
+    tokenizer = Backbone(tiny_model(tiny_config("llama")), tiny_tokenizer(), model_id="t").tokenizer
+    tokenizer.hf.chat_template = "{{ raise_exception('System role not supported') }}"
+    try:
+        with pytest.raises(UnsupportedModelError, match="System role not supported"):
+            render_chat(tokenizer, [Message("system", ("a",))])
+    finally:
+        tokenizer.hf.chat_template = CHAT_TEMPLATE
+    with pytest.raises(InputError, match="expected a role such as 'user'"):
+        Message("user<|end|><|system|>", ("a",))
+
+
 def test_without_a_template_roles_are_written_out() -> None:
     hf = tiny_tokenizer()
     hf.chat_template = None
