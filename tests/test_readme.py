@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
 BASH = [body for language, body in BLOCKS if language == "bash"]
-ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
 
 
 def commands(block: str) -> list[str]:
@@ -52,10 +52,18 @@ def test_the_python_example_prints_what_the_readme_shows(tmp_path: Path) -> None
     code, (language, expected) = BLOCKS[at][1], BLOCKS[at + 1]
     assert language == "text"
     assert len(commands(code)) <= 10
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**ENV, "PYTHONPATH": str(ROOT)},
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV,
                           capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected
+
+
+@pytest.mark.parametrize("code", [pytest.param(b, id=f"block{i}") for i, (language, b) in enumerate(BLOCKS)
+                                  if language == "python"][1:])
+def test_the_other_python_blocks_run(code: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV,
+                          capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_home_ground_table_is_the_one_on_file() -> None:
