@@ -243,7 +243,7 @@ class KeyNorm(ScoringRule):
     name: ClassVar[str] = "key_norm"
 
     def score(self, entries: Entries) -> Tensor:
-        return -entries.keys.float().norm(dim=-1)
+        return -torch.linalg.vector_norm(entries.keys.float(), dim=-1)
 
 
 @scoring_rule
@@ -281,5 +281,20 @@ def choose(rule: ScoringRule, entries: Entries, *, sink: int, recent: int) -> Te
     return torch.cat([ends[:, :sink], best, ends[:, sink:]], dim=-1)
 
 
-__all__ = ["RULES", "CaP", "Entries", "H2O", "InfiniPot", "KeyNorm", "NuC", "Random", "ScoringRule", "SnapKV",
-           "StreamingLLM", "choose", "make_rule", "scoring_rule", "seen"]
+__all__ = [
+    "H2O",
+    "RULES",
+    "CaP",
+    "Entries",
+    "InfiniPot",
+    "KeyNorm",
+    "NuC",
+    "Random",
+    "ScoringRule",
+    "SnapKV",
+    "StreamingLLM",
+    "choose",
+    "make_rule",
+    "scoring_rule",
+    "seen",
+]

@@ -64,7 +64,7 @@ def test_unknown_rules_and_settings_are_named_with_the_ones_there_are() -> None:
         make_rule("tova")
     with pytest.raises(InputError, match=r"'infinipot' has no setting 'beta'; expected one of alpha, reduce"):
         make_rule("infinipot", {"beta": 1})
-    with pytest.raises(InputError, match="from 0 to 1, got 1.5"):
+    with pytest.raises(InputError, match=r"from 0 to 1, got 1\.5"):
         InfiniPot(alpha=1.5)
     with pytest.raises(InputError, match="'sum', 'mean' or 'max', got 'median'"):
         make_rule("cap", {"reduce": "median"})
@@ -160,7 +160,7 @@ def test_a_rule_of_ones_own_is_its_formula_only() -> None:
         name: ClassVar[str] = "largest_values"
 
         def score(self, entries: Entries) -> Tensor:
-            return entries.values.norm(dim=-1)
+            return entries.values.pow(2).sum(-1)
 
     compressor = InfiniPotCompressor(tiny_backbone("llama"), InfiniPotConfig(rule=LargestValues()))
     everything, pot = compressor.distilled(IDS, 40), compressor.distilled(IDS, 6)
@@ -174,7 +174,7 @@ def eager(ids: list[int]) -> tuple[Tensor, ...]:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         weights: tuple[Tensor, ...] = model(torch.tensor([ids]), output_attentions=True).attentions
-    return tuple(w[0].unflatten(0, (2, 2)) for w in weights)
+    return tuple(w[0].reshape(2, 2, *w.shape[2:]) for w in weights)
 
 
 @pytest.mark.parametrize("step", [5, 16, 512])
