@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, embedded_path, load_frozen
+from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, load_frozen
 from ctxcomp_rag.chunking import Chunk, Document, split_document
 from ctxcomp_rag.compressors import COMPRESSORS, Compressor, compressor_class, load_compressor
 from ctxcomp_rag.decoding import (
@@ -90,8 +90,8 @@ class CompressedRAG:
 
         Args:
             model: see `load_frozen`.
-            compressor: name of a method ("icae": the trained compressor of the embedded model), or the folder of a
-                saved compressor.
+            compressor: name of a method ("icae": the trained compressor of the embedded model; "infinipot": needs no
+                training, any full-attention RoPE decoder), or the folder of a saved compressor.
         """
         index = MemoryIndex.open(path) if Path(path).is_dir() and any(Path(path).iterdir()) else None
         # an index fixes the dtype: spans of float32 and of bfloat16 weights are not the same
@@ -302,14 +302,10 @@ def without_leading_space(pieces: Iterator[str]) -> Iterator[str]:
 
 
 def load_trained_compressor(compressor: str | Path, backbone: Backbone) -> Compressor:
-    """A saved compressor by folder, or the one that comes with the embedded model by method name."""
+    """A saved compressor by folder, or by method name the one that needs no folder (see `Compressor.ready_for`)."""
     if str(compressor) not in COMPRESSORS and Path(compressor).is_dir():
         return load_compressor(compressor, backbone)
-    kind = compressor_class(str(compressor))  # a name of the registry wins over a folder of that name
-    if backbone.model_id != EMBEDDED_MODEL:
-        raise InputError(f"there is no trained {kind.name} compressor for {backbone.model_id!r} in this package; "
-                         f"train one and pass its folder, or use --model {EMBEDDED_MODEL}")
-    return kind.from_pretrained(embedded_path(kind.name), backbone)
+    return compressor_class(str(compressor)).ready_for(backbone)  # a method's name wins over a folder of that name
 
 
 __all__ = [

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from ctxcomp_rag.backbone import Backbone
+from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, embedded_path
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import InputError, ModelLoadError
 from ctxcomp_rag.spans import MemorySpan, SpanSpec
@@ -59,6 +59,17 @@ class Compressor(ABC):
     @abstractmethod
     def from_pretrained(cls, path: str | Path, backbone: Backbone) -> Self:
         """Load from a folder; raises IncompatibleSpanError if it was trained for another decoder."""
+
+    @classmethod
+    def ready_for(cls, backbone: Backbone) -> Self:
+        """The compressor to use where only the method is named: the trained one that comes with the embedded model.
+
+        A method that needs no training overrides this and works for any decoder.
+        """
+        if backbone.model_id != EMBEDDED_MODEL:
+            raise InputError(f"there is no trained {cls.name} compressor for {backbone.model_id!r} in this package; "
+                             f"train one and pass its folder, or use --model {EMBEDDED_MODEL}")
+        return cls.from_pretrained(embedded_path(cls.name), backbone)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
         """Upload the saved folder to the Hugging Face hub; returns its address."""

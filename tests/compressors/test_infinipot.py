@@ -1,0 +1,346 @@
+"""InfiniPot against eager attention, cross-entropy and a slow, obvious reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GPTNeoXConfig, PreTrainedModel
+
+from ctxcomp_rag.backbone import Backbone
+from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.compressors.infinipot import QUESTION_CATALYST, InfiniPotCompressor, InfiniPotConfig
+from ctxcomp_rag.compressors.kv_scores import CaP, Entries, InfiniPot, NuC, SnapKV, StreamingLLM
+from ctxcomp_rag.compressors.pot import ContextPot
+from ctxcomp_rag.decoding import FrozenDecoder, TokenIds
+from ctxcomp_rag.errors import InputError, UnsupportedModelError
+from tests.compressors.contract import CompressorContract
+from tests.tiny_models import FULL_ATTENTION_ROPE, tiny_backbone, tiny_config, tiny_model, tiny_tokenizer
+
+IDS = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(7)).tolist()
+QUESTION = (3, 14, 15, 92, 65)
+SMALL = InfiniPotConfig(pot_tokens=128, chunk_tokens=24, catalyst="\n\nKey facts:")
+
+
+def infinipot(config: InfiniPotConfig = SMALL, name: str = "llama") -> InfiniPotCompressor:
+    return InfiniPotCompressor(tiny_backbone(name), config)
+
+
+def chunk_of(backbone: Backbone, text: str) -> Chunk:
+    return Chunk("doc", text, 0, len(text), len(backbone.tokenizer.encode(text)))
+
+
+class TestContract(CompressorContract):
+    impossible_factor = 0.5
+    impossible_factor_message = r"expected a compression factor of at least 1, got 0\.5"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def compressor(cls) -> InfiniPotCompressor:
+        return infinipot()
+
+
+class TestContractOfAnotherRuleAndAFixedBudget(CompressorContract):
+    impossible_factor = 0.5
+    impossible_factor_message = r"expected a compression factor of at least 1, got 0\.5"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def compressor(cls) -> InfiniPotCompressor:
+        return infinipot(InfiniPotConfig(pot_tokens=64, chunk_tokens=24, num_slots=10, rule=SnapKV(window=4)))
+
+
+# -- nothing to forget ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
+@pytest.mark.parametrize("step", [9, 512])
+def test_a_budget_of_the_whole_text_changes_nothing(name: str, step: int) -> None:
+    backbone = tiny_backbone(name)
+    compressor = infinipot(InfiniPotConfig(compression_factor=1.0, step_tokens=step), name)
+    text = "The lighthouse of Varn was built in 1871; its stairs are red. It is 31 metres high."
+    [(span, indices)] = compressor.compress_with_indices([chunk_of(backbone, text)])
+    ids = backbone.tokenizer.encode(text)
+    assert indices.tolist() == torch.arange(len(ids)).expand(2, 2, -1).tolist()
+    with torch.inference_mode():
+        plain = backbone.model(torch.tensor([[*ids, *QUESTION]])).logits[0, len(ids) :]
+    torch.testing.assert_close(FrozenDecoder(backbone).logits([span, TokenIds(QUESTION)]), plain, atol=1e-4, rtol=0)
+
+
+# -- the two scores ---------------------------------------------------------------------------------------------------
+
+
+def eager_model(backbone: Backbone) -> PreTrainedModel:
+    model = backbone.second_tree()
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
+def test_cap_is_the_eager_attention_mass_that_the_catalyst_puts_on_the_text(name: str, reduce: str,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone(name)
+    compressor = infinipot(InfiniPotConfig(catalyst="\n\nKey facts:", rule=CaP(reduce)), name)  # type: ignore[arg-type]
+    seen: list[Tensor] = []
+
+    def score(_: CaP, entries: Entries) -> Tensor:
+        assert entries.attention is not None
+        seen.append(entries.attention)
+        return entries.attention
+
+    monkeypatch.setattr(CaP, "score", score)
+    compressor.distilled(IDS, 10)
+    catalyst = backbone.tokenizer.encode("\n\nKey facts:")
+    with torch.no_grad():
+        weights = eager_model(backbone)(torch.tensor([IDS + catalyst]), output_attentions=True).attentions
+    assert len(seen) == len(weights) == 2
+    for mass, layer in zip(seen, weights, strict=True):
+        of_text = layer[0, :, len(IDS) :, : len(IDS)].unflatten(0, (2, 2))
+        expected = {"sum": of_text.sum((1, 2)), "mean": of_text.mean((1, 2)), "max": of_text.amax((1, 2))}[reduce]
+        torch.testing.assert_close(mass, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
+@pytest.mark.parametrize("step", [1, 16, 512])
+def test_nuc_is_the_cross_entropy_of_the_text(name: str, step: int) -> None:
+    backbone = tiny_backbone(name)
+    pot = infinipot(InfiniPotConfig(rule=NuC(), step_tokens=step), name).distilled(IDS, len(IDS))
+    with torch.no_grad():
+        logits = backbone.model(torch.tensor([IDS])).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(IDS[1:]), reduction="none")
+    assert math.isinf(float(pot.novelty[0, 0, 0]))
+    torch.testing.assert_close(pot.novelty[:, :, 1:], expected.expand(2, 2, -1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_question_as_catalyst_keeps_other_tokens() -> None:
+    by_question = SMALL.for_question("How high is {it}?")
+    assert by_question.catalyst == QUESTION_CATALYST.replace("{question}", "How high is {it}?")
+    generic, asked = (infinipot(c).distilled(IDS, 20).indices for c in (SMALL, by_question))
+    assert not generic.equal(asked)
+
+
+# -- distilling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
+def test_kept_keys_are_the_keys_of_the_same_hidden_states_at_their_new_positions(name: str) -> None:
+    """In the first layer a key depends on its token and position only, so the model can be asked for it there."""
+    backbone = tiny_backbone(name)
+    pot = infinipot(InfiniPotConfig(pot_tokens=40, catalyst="So:"), name).distilled(IDS, 12)
+    assert pot.num_read == len(IDS)
+    for head, places in enumerate(pot.indices[0].tolist()):
+        cache: Any = DynamicCache(config=backbone.model.config)
+        with torch.no_grad():
+            backbone.model(torch.tensor([[IDS[p] for p in places]]), past_key_values=cache)
+        torch.testing.assert_close(pot.keys[0][head], cache.layers[0].keys[0, head], atol=1e-4, rtol=0)
+        torch.testing.assert_close(pot.values[0][head], cache.layers[0].values[0, head], atol=1e-4, rtol=0)
+
+
+def rotate_half(row: Tensor) -> Tensor:
+    return torch.cat([-row[len(row) // 2 :], row[: len(row) // 2]])
+
+
+def best_first(scores: list[float]) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
+
+
+def slow_infinipot(backbone: Backbone, ids: list[int], catalyst: list[int], room: int, keep: int,
+                   alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """InfiniPot with eager attention, one token at a time, one head at a time. (keys, values, indices)."""
+    model: Any = eager_model(backbone)
+    layers, heads = 2, 2
+
+    def turned(key: Tensor, old: int, new: int) -> Tensor:
+        cos, sin = model.model.rotary_emb(key[None], torch.tensor([[old]]))
+        dim = cos.shape[-1]
+        plain = key[:dim] * cos[0, 0] - rotate_half(key[:dim]) * sin[0, 0]
+        cos, sin = model.model.rotary_emb(key[None], torch.tensor([[new]]))
+        return torch.cat([plain * cos[0, 0] + rotate_half(plain) * sin[0, 0], key[dim:]])
+
+    cache: Any = DynamicCache(config=model.config)
+    held = [[[] for _ in range(heads)] for _ in range(layers)]  # type: ignore[var-annotated]
+    novelty: dict[int, float] = {}
+    foretold: Tensor | None = None
+    size = 0
+    for number, token in enumerate(ids):
+        novelty[number] = math.inf if foretold is None else -float(foretold.log_softmax(-1)[token])
+        out = model(torch.tensor([[token]]), position_ids=torch.tensor([[size]]), past_key_values=cache)
+        foretold = out.logits[0, -1]
+        size += 1
+        for of_layer in held:
+            for of_head in of_layer:
+                of_head.append(number)
+        if (size < room and number < len(ids) - 1) or size <= keep:
+            continue
+        places = torch.arange(size, size + len(catalyst))[None]
+        weights = model(torch.tensor([catalyst]), position_ids=places, past_key_values=cache,
+                        output_attentions=True).attentions
+        fresh: Any = DynamicCache(config=model.config)
+        for layer in range(layers):
+            keys, values = [], []
+            for head in range(heads):
+                tokens = held[layer][head]
+                mass = weights[layer][0, 2 * head : 2 * head + 2, :, :size].sum((0, 1)).tolist()
+                novel = best_first([novelty[t] for t in tokens])[: int(alpha * keep)]
+                rest = [i for i in best_first(mass) if i not in novel]
+                best = sorted(novel + rest[: keep - len(novel)])
+                old = cache.layers[layer]
+                keys.append(torch.stack([turned(old.keys[0, head, p], p, j) for j, p in enumerate(best)]))
+                values.append(old.values[0, head, best])
+                held[layer][head] = [tokens[p] for p in best]
+            fresh.update(torch.stack(keys)[None], torch.stack(values)[None], layer)
+        cache, size = fresh, keep
+    return (torch.stack([layer.keys[0] for layer in cache.layers]),
+            torch.stack([layer.values[0] for layer in cache.layers]), torch.tensor(held))
+
+
+@pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
+@pytest.mark.parametrize("pots", [1, 2, 6])
+def test_any_number_of_pots_equals_the_slow_reference(name: str, pots: int) -> None:
+    backbone = tiny_backbone(name)
+    catalyst = backbone.tokenizer.encode("So:")
+    keep = 13
+    room = {1: 70, 2: 42, 6: 23}[pots]
+    config = InfiniPotConfig(pot_tokens=room + len(catalyst), catalyst="So:", step_tokens=8)
+    with torch.no_grad():
+        keys, values, indices = slow_infinipot(backbone, IDS, catalyst, room, keep, alpha=0.5)
+    pot = infinipot(config, name).distilled(IDS, keep)
+    assert pot.indices.equal(indices)
+    torch.testing.assert_close(torch.stack(pot.keys), keys, atol=2e-4, rtol=0)
+    torch.testing.assert_close(torch.stack(pot.values), values, atol=2e-4, rtol=0)
+
+
+def test_the_order_of_the_text_is_kept_and_positions_are_consecutive() -> None:
+    compressor = infinipot(InfiniPotConfig(pot_tokens=40, catalyst="So:"))
+    chunk = chunk_of(compressor.backbone, "One two three four five six seven eight nine ten. " * 3)
+    [(span, indices)] = compressor.compress_with_indices([chunk])
+    assert bool((indices.diff(dim=-1) > 0).all())
+    assert (span.positions.tolist(), span.num_positions) == (list(range(span.num_slots)), span.num_slots)
+    assert span.num_slots == math.ceil(chunk.num_tokens / 4)
+
+
+def test_sink_and_recent_tokens_stay_through_all_pots() -> None:
+    config = InfiniPotConfig(pot_tokens=32, catalyst="So:", sink_slots=3, recent_slots=2, rule=InfiniPot(alpha=0.0))
+    indices = infinipot(config).distilled(IDS, 10).indices
+    assert bool((indices[..., :3] == torch.arange(3)).all())
+    assert bool((indices[..., -2:] == torch.tensor([68, 69])).all())
+
+
+# -- bounds ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [40, 300, 1500])
+def test_the_cache_never_holds_more_than_the_pot_however_long_the_text(length: int,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    positions: list[int] = []
+    update = DynamicCache.update
+
+    def measured(self: Any, *args: Any, **kwargs: Any) -> Any:
+        keys, values = update(self, *args, **kwargs)
+        lengths.append(keys.shape[2])
+        return keys, values
+
+    compressor = infinipot(InfiniPotConfig(pot_tokens=64, step_tokens=16))
+    monkeypatch.setattr(DynamicCache, "update", measured)
+    hook = compressor._model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: positions.append(int(kwargs["position_ids"].max())), with_kwargs=True)
+    pot = compressor.distilled((IDS * 22)[:length], 10)
+    hook.remove()
+    assert pot.num_read == length
+    assert pot.size == 10
+    assert max(lengths) <= 64
+    assert max(positions) < 64
+
+
+def test_a_budget_that_the_pot_cannot_hold_is_refused_before_anything_is_read() -> None:
+    compressor = infinipot(InfiniPotConfig(pot_tokens=32, catalyst="So:"))
+    with pytest.raises(InputError, match=r"50 slots of a text of 200 tokens do not fit into a pot that takes \d+ "):
+        compressor.num_slots(200)
+    assert compressor.num_slots(200, 10.0) == 20
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (InfiniPotConfig(pot_tokens=1000), r"pot of 1000 tokens is larger than the window of 'tiny-llama', 512"),
+    (InfiniPotConfig(pot_tokens=8), r"catalyst takes \d+ of the 8 tokens of the pot"),
+])
+def test_pots_of_impossible_sizes_are_refused(config: InfiniPotConfig, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        infinipot(config)
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(InputError, match=r"compression factor of at least 1, got 0\.2"):
+        InfiniPotConfig(compression_factor=0.2)
+    with pytest.raises(InputError, match="num_slots of at least 1, got 0"):
+        InfiniPotConfig(num_slots=0)
+    with pytest.raises(InputError, match="'cap' scores by a catalyst prompt; `catalyst` must not be empty"):
+        InfiniPotConfig(rule=CaP(), catalyst="")
+    assert InfiniPotConfig(rule=StreamingLLM(), catalyst="").rule.sink == 4
+
+
+# -- hooks and other models ------------------------------------------------------------------------------------------
+
+
+def hooks_of(model: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_hooks_are_gone_afterwards_and_never_touch_the_decoders_own_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor = infinipot()
+    assert hooks_of(compressor._model) == 0
+    compressor.distilled(IDS, 10)
+    assert hooks_of(compressor._model) == 0
+    during: list[tuple[int, int]] = []
+
+    def fails(*_: object) -> None:
+        during.append((hooks_of(compressor._model), hooks_of(compressor.backbone.model)))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ContextPot, "_add_mass", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compressor.distilled(IDS, 10)
+    assert during == [(6, 0)]
+    assert hooks_of(compressor._model) == 0
+    monkeypatch.undo()
+    compressor.distilled(IDS, 10)  # and the lock is free again
+
+
+def test_the_attention_implementation_stays_what_it_is() -> None:
+    compressor = infinipot()
+    compressor.distilled(IDS, 10)
+    for model in (compressor.backbone.model, compressor._model):
+        assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("name", "reason"), [
+    ("gemma2", "it has sliding-window layers"),
+    ("gemma3", "it has sliding-window layers"),
+    ("gpt2", "it has no rotary embedding"),
+])
+def test_decoders_whose_keys_cannot_be_moved_are_refused_with_the_reason(name: str, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        InfiniPotCompressor(tiny_backbone(name))
+
+
+def test_a_decoder_whose_attention_is_not_what_its_queries_say_is_refused() -> None:
+    backbone = Backbone(tiny_model(tiny_config("llama")), tiny_tokenizer(), model_id="gated")
+    # a gate on what attention reads, such as some architectures have, shows neither in queries nor in keys
+    for layer in backbone.model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: args[0] * args[0].sigmoid())
+    with pytest.raises(UnsupportedModelError, match=r"misses the model's own by .*no plain softmax attention"):
+        InfiniPotCompressor(backbone)
+
+
+def test_where_queries_cannot_be_seen_the_rules_without_attention_still_work() -> None:
+    config = GPTNeoXConfig(vocab_size=len(tiny_tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                           num_attention_heads=4, max_position_embeddings=512, initializer_range=0.2)
+    backbone = Backbone(tiny_model(config), tiny_tokenizer(), model_id="neox")
+    with pytest.raises(UnsupportedModelError, match=r"'gpt_neox' are not built of .*Use a scoring rule without"):
+        InfiniPotCompressor(backbone)
+    pot = InfiniPotCompressor(backbone, InfiniPotConfig(pot_tokens=40, rule=NuC())).distilled(IDS, 10)
+    assert pot.indices.shape == (2, 4, 10)
