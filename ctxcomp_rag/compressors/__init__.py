@@ -12,6 +12,7 @@ from ctxcomp_rag.errors import InputError
 
 COMPRESSORS = {
     "icae": "ctxcomp_rag.compressors.icae:ICAECompressor",
+    "pcc": "ctxcomp_rag.compressors.pcc:PCCCompressor",
 }
 
 
