@@ -13,6 +13,7 @@ from ctxcomp_rag.errors import InputError
 COMPRESSORS = {
     "icae": "ctxcomp_rag.compressors.icae:ICAECompressor",
     "infinipot": "ctxcomp_rag.compressors.infinipot:InfiniPotCompressor",
+    "pcc": "ctxcomp_rag.compressors.pcc:PCCCompressor",
 }
 
 

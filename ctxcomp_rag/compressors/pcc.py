@@ -1,0 +1,336 @@
+"""PCC, the pretraining context compressor (Dai et al., ACL 2025, long paper 1394).
+
+An encoder outside the decoder reads `[segment][memory tokens]`; its last hidden states at the memory tokens go
+through a converter, RMSNorm -> Linear -> GELU -> Linear, into the embedding space of the decoder. One encoder serves
+many decoders: only the converter knows the decoder's hidden size.
+
+In the prompt every segment stands in its own `<mem> slots </mem>` bracket. A specification encloses a whole span, not
+its segments, so the outermost brackets are the specification's "before" and "after" and the inner ones are rows of
+the span itself:
+
+    before        span.embeds                                    after
+    <mem>         s1 ... sk </mem> <mem> s1 ... sk               </mem>
+
+Rows and positions of the decoder are then counted truthfully by `num_slots`, and index and decoder need to know
+nothing of brackets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ctxcomp_rag.backbone import Backbone, weights_digest
+from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, read_config
+from ctxcomp_rag.errors import IncompatibleSpanError, InputError, ModelLoadError
+from ctxcomp_rag.spans import DecoderFingerprint, SoftSpan, SpanSpec
+from ctxcomp_rag.tokenization import TextTokenizer
+
+BRACKETS = ("before", "reconstruct", "after")
+"""Rows of the special table, in the official order: <mem>, <ae>, </mem>."""
+
+LARGE_TARGETS = ("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+NUM_MEMORY_TOKENS = 64
+"""Memory tokens that the encoder's vocabulary gains; the first `slots_per_segment` of them are used."""
+
+_ENCODER_FOLDER = "encoder"
+_CONVERTER_FILE = "converter.safetensors"
+_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class PCCConfig:
+    """Settings of a PCC compressor; the defaults are those of the official code.
+
+    Attributes:
+        segment_tokens: encoder tokens of a segment; the last one of a text may be shorter and has as many slots.
+        slots_per_segment: memory tokens read after each segment.
+        padding: what the shorter texts of one `encode` call are given. "masked" hides padding, so that a text gives
+            the same slots in every company; "attended" pads the texts to one length and lets the encoder read the
+            padding, as the official training does. `compress` gives no padding to read in either case.
+        encoder: where the encoder came from; with LoRA, where its base is loaded from.
+    """
+
+    segment_tokens: int = 256
+    slots_per_segment: int = 64
+    padding: Literal["masked", "attended"] = "masked"
+    encoder: str = ""
+
+    def segment_lengths(self, num_tokens: int) -> list[int]:
+        """Lengths of the segments that a text is cut into."""
+        return [min(self.segment_tokens, num_tokens - begin) for begin in range(0, num_tokens, self.segment_tokens)]
+
+
+class Converter(nn.Module):
+    """From the encoder's hidden states to rows of the decoder's embedding space."""
+
+    def __init__(self, encoder_size: int, decoder_size: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(encoder_size, eps=1e-6)
+        self.dense_in = nn.Linear(encoder_size, decoder_size)
+        self.dense_out = nn.Linear(decoder_size, decoder_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows: Tensor = self.dense_out(nn.functional.gelu(self.dense_in(self.norm(hidden))))
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """An encoder with its tokenizer.
+
+    Attributes:
+        model: a Hugging Face encoder or decoder, or a PEFT model over one.
+        memory_ids: ids of the memory tokens in its vocabulary.
+        padding_id: what an "attended" padding consists of.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: TextTokenizer
+    memory_ids: tuple[int, ...]
+    padding_id: int
+
+    @property
+    def body(self) -> Any:
+        """The model without its head: what gives hidden states."""
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return model.base_model
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.body.config.hidden_size)
+
+
+def load_encoder(path: str | Path, *, adapter: str | Path | None = None, tokenizer: str | Path | None = None,
+                 large: bool = False, lora_rank: int = 64, lora_alpha: int = 32, **hub: Any) -> Encoder:
+    """Load any encoder or decoder as an encoder for PCC; memory tokens are added where it has none.
+
+    Args:
+        path: folder or hub id of the model.
+        adapter: PEFT folder over it.
+        tokenizer: folder of the tokenizer [default: the adapter's, else the model's].
+        large: without an adapter, start a new one on all linear layers, the embeddings and the head.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, **hub)
+        causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) & set(config.architectures or ())
+        kind: Any = AutoModelForCausalLM if causal else AutoModel
+        model: Any = kind.from_pretrained(path, dtype=torch.float32, **hub)
+        hf = AutoTokenizer.from_pretrained(tokenizer or adapter or path, **hub)
+        first = hf.convert_tokens_to_ids("<mem_0>")
+        if first is None or first == hf.unk_token_id:
+            hf.add_special_tokens({"additional_special_tokens": [f"<mem_{i}>" for i in range(NUM_MEMORY_TOKENS)]})
+        # never shrunk: published vocabularies are often padded beyond their tokenizer
+        if len(hf) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(hf))
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        elif large:
+            lora: Any = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.1, bias="none",
+                                   target_modules=list(LARGE_TARGETS), task_type="CAUSAL_LM")
+            model = get_peft_model(model, lora)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelLoadError(f"the encoder in {str(adapter or path)!r} cannot be loaded: {error}") from error
+    memory_ids = tuple(hf.convert_tokens_to_ids([f"<mem_{i}>" for i in range(NUM_MEMORY_TOKENS)]))
+    padding = next(i for i in (hf.pad_token_id, hf.unk_token_id, hf.eos_token_id, 0) if i is not None)
+    return Encoder(model.eval(), TextTokenizer(hf), memory_ids, int(padding))
+
+
+class PCCCompressor(Compressor, nn.Module):
+    """An encoder and a converter for one frozen decoder.
+
+    Args:
+        backbone: the decoder; never changed.
+        encoder: see `load_encoder`; trained whole, or its LoRA matrices only.
+        special_rows: (3, hidden_size) embeddings of <mem>, <ae>, </mem>; random, to be trained, by default.
+    """
+
+    name: ClassVar[str] = "pcc"
+
+    def __init__(self, backbone: Backbone, encoder: Encoder, config: PCCConfig | None = None, *,
+                 converter: Converter | None = None, special_rows: Tensor | None = None) -> None:
+        nn.Module.__init__(self)
+        self.backbone, self.encoder, self.config = backbone, encoder, config or PCCConfig()
+        used, known = self.config.slots_per_segment, len(encoder.memory_ids)
+        if not 1 <= used <= known:
+            raise InputError(f"expected 1 to {known} slots per segment, as many as the encoder has memory tokens; "
+                             f"got {used}")
+        room = int(getattr(encoder.body.config, "max_position_embeddings", None) or 2**31)
+        if self.config.segment_tokens + used > room:
+            raise InputError(f"segments of {self.config.segment_tokens} tokens with {used} memory tokens do not fit "
+                             f"the {room} positions of the encoder; use shorter segments")
+        self.encoder_model = encoder.model.to(backbone.device)
+        self.converter = (converter or Converter(encoder.hidden_size, backbone.hidden_size)).to(backbone.device)
+        if special_rows is None:
+            table = backbone.embed(torch.arange(min(4096, int(backbone.config.vocab_size))))
+            special_rows = torch.randn(len(BRACKETS), backbone.hidden_size) * table.float().std().cpu()
+        expected = (len(BRACKETS), backbone.hidden_size)
+        if tuple(special_rows.shape) != expected:
+            raise ModelLoadError(f"expected rows of shape {expected} for <mem>, <ae>, </mem> (hidden size of the "
+                                 f"decoder), got {tuple(special_rows.shape)}")
+        self.special_rows = nn.Parameter(special_rows.to(backbone.device, torch.float32))
+        self._spec: tuple[tuple[int, ...], SpanSpec] | None = None
+
+    # -- what the layers around ask ------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> SpanSpec:
+        # hashing the weights takes seconds for a large encoder, so it is done once for each state of training
+        state = tuple(p._version for p in self.parameters())
+        if self._spec is None or self._spec[0] != state:
+            rows = self.special_rows.detach().to(self.backbone.dtype)
+            delimiters = {name: rows[i : i + 1].clone() for i, name in enumerate(BRACKETS)}
+            compressor = f"{self.name}-{self.digest()[:16]}"
+            self._spec = (state, SpanSpec("soft", self.backbone.fingerprint, compressor, "consecutive", delimiters))
+        return self._spec[1]
+
+    @property
+    def max_chunk_tokens(self) -> int:
+        return self.config.segment_tokens
+
+    @property
+    def compression_factor(self) -> float:
+        return self.config.segment_tokens / self.config.slots_per_segment
+
+    def digest(self) -> str:
+        """sha256 over settings and weights."""
+        settings = {k: v for k, v in asdict(self.config).items() if k != "encoder"}  # a place, not a weight
+        encoder: Any = self.encoder.model
+        digest = hashlib.sha256(json.dumps([settings, weights_digest(encoder), self.encoder.tokenizer.digest],
+                                           sort_keys=True).encode())
+        for name, tensor in sorted([*self.converter.state_dict().items(), ("special_rows", self.special_rows)]):
+            digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    # -- compression -----------------------------------------------------------------------------------------------
+
+    def compress(self, chunks: Sequence[Chunk], *, compression_factor: float | None = None) -> list[SoftSpan]:  # type: ignore[override]
+        if compression_factor not in (None, self.compression_factor):
+            raise InputError(f"this compressor makes {self.config.slots_per_segment} slots of every segment of "
+                             f"{self.config.segment_tokens} tokens ({self.compression_factor:g}x); it cannot make "
+                             f"{compression_factor:g}x")
+        texts = [self.encoder.tokenizer.encode(chunk.text) for chunk in chunks]
+        for chunk, ids in zip(chunks, texts, strict=True):
+            if not ids:
+                raise InputError(f"chunk {chunk.id} of document {chunk.document_id!r} has no text to compress")
+        with torch.inference_mode():
+            # without padding to read, whatever the setting: a span must not depend on its neighbours
+            rows = [self.bracketed(self.convert(hidden)) for hidden in self._hidden(texts)]
+        spans = []
+        for chunk, embeds in zip(chunks, rows, strict=True):
+            length = len(self.backbone.tokenizer.encode(chunk.text))
+            count = embeds.shape[0]
+            spans.append(SoftSpan(chunk.id, length, torch.arange(count), count,
+                                  embeds.to(self.backbone.dtype, copy=True)))
+        return spans
+
+    def bracketed(self, slots: Tensor) -> Tensor:
+        """Rows of a span: slots (segments * slots per segment, hidden_size) with the inner brackets between them."""
+        opening, _, closing = self.special_rows.to(slots.dtype)
+        rows: list[Tensor] = []
+        for segment in slots.split(self.config.slots_per_segment):
+            rows += [closing[None], opening[None], segment] if rows else [segment]
+        return torch.cat(rows)
+
+    def encode(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Slots (num_slots, hidden_size), without brackets, of each text of encoder ids; differentiable."""
+        return [self.convert(hidden) for hidden in self.memory(texts)]
+
+    def memory(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The encoder's hidden states (num_slots, encoder size) at the memory tokens: what any converter reads."""
+        if self.config.padding == "attended":
+            width = max(map(len, texts), default=0)
+            texts = [[*ids, *[self.encoder.padding_id] * (width - len(ids))] for ids in texts]
+        return self._hidden(texts)
+
+    def convert(self, memory: Tensor) -> Tensor:
+        """Slots of this decoder from hidden states of the encoder."""
+        slots: Tensor = self.converter(memory.to(self.special_rows.device, torch.float32))
+        return slots
+
+    def _hidden(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        segments: list[tuple[int, list[int]]] = []
+        for owner, ids in enumerate(texts):
+            begin = 0
+            for length in self.config.segment_lengths(len(ids)):
+                segments.append((owner, list(ids[begin : begin + length])))
+                begin += length
+        order = sorted(range(len(segments)), key=lambda i: len(segments[i][1]))
+        encoded: dict[int, Tensor] = {}
+        batch: list[int] = []
+        for index in order:
+            width = len(segments[index][1]) + self.config.slots_per_segment
+            if batch and (len(batch) + 1) * width > _BATCH_TOKENS:
+                encoded.update(zip(batch, self._encode_batch([segments[i][1] for i in batch]), strict=True))
+                batch = []
+            batch.append(index)
+        if batch:
+            encoded.update(zip(batch, self._encode_batch([segments[i][1] for i in batch]), strict=True))
+        by_text: list[list[Tensor]] = [[] for _ in texts]
+        for index, (owner, _) in enumerate(segments):
+            by_text[owner].append(encoded[index])
+        return [torch.cat(parts) for parts in by_text]
+
+    def _encode_batch(self, batch: list[list[int]]) -> list[Tensor]:
+        memory = list(self.encoder.memory_ids[: self.config.slots_per_segment])
+        width = max(map(len, batch))
+        device = self.special_rows.device
+        ids = torch.tensor([[*s, *memory, *[self.encoder.padding_id] * (width - len(s))] for s in batch], device=device)
+        lengths = torch.tensor([len(s) + len(memory) for s in batch], device=device)
+        mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
+        hidden = self.encoder.body(input_ids=ids, attention_mask=mask).last_hidden_state
+        return [hidden[i, len(s) : len(s) + len(memory)] for i, s in enumerate(batch)]
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """The encoder's own folder (a PEFT folder with LoRA), the converter and the settings beside it."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        model: Any = self.encoder.model
+        model.save_pretrained(str(folder / _ENCODER_FOLDER))
+        self.encoder.tokenizer.hf.save_pretrained(folder / _ENCODER_FOLDER)
+        tensors = {**self.converter.state_dict(), "special_rows": self.special_rows}
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / _CONVERTER_FILE)
+        settings = {"method": self.name, **asdict(self.config), "decoder": asdict(self.backbone.fingerprint)}
+        (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, backbone: Backbone) -> Self:
+        folder = Path(path)
+        settings = read_config(folder)
+        trained_for = DecoderFingerprint(**settings.pop("decoder"))
+        settings.pop("method")
+        different = trained_for.differences(backbone.fingerprint)
+        if trained_for.dtype != backbone.fingerprint.dtype:  # the same weights in another precision
+            different = [d for d in different if d not in ("dtype", "weights_digest")]
+        if different:
+            raise IncompatibleSpanError(
+                f"the compressor in {str(folder)!r} was trained for the decoder {trained_for}, but this decoder is "
+                f"{backbone.fingerprint}; they differ in {', '.join(different)}"
+            )
+        config = PCCConfig(**settings)
+        saved = folder / _ENCODER_FOLDER
+        adapted = (saved / "adapter_config.json").exists()
+        encoder = load_encoder(config.encoder if adapted else saved, adapter=saved if adapted else None)
+        converter = Converter(encoder.hidden_size, backbone.hidden_size)
+        try:
+            tensors = load_file(folder / _CONVERTER_FILE)
+            special_rows = tensors.pop("special_rows")
+            converter.load_state_dict(tensors)
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ModelLoadError(f"the compressor in {str(folder)!r} cannot be loaded: {error}") from error
+        return cls(backbone, encoder, config, converter=converter, special_rows=special_rows)

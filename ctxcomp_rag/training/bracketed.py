@@ -1,0 +1,97 @@
+"""Training samples whose spans stand in brackets, and their loss, in batches (the layouts of the official PCC code).
+
+    [bos] (<mem> slots </mem>) per segment, then the tail
+    autoencoding     <ae> text end
+    continuation     what follows, end
+    question         question answer end, labels on answer and end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ctxcomp_rag.compressors.pcc import PCCCompressor
+from ctxcomp_rag.training.objectives import IGNORED
+
+
+@dataclass(frozen=True)
+class BracketedSample:
+    """One example as plain ids.
+
+    Attributes:
+        context_ids: what the encoder reads (encoder ids).
+        tail_ids: what the decoder reads after the brackets (decoder ids).
+        labels: same length as the tail.
+        reconstruct: put <ae> before the tail.
+    """
+
+    context_ids: tuple[int, ...]
+    tail_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    reconstruct: bool = False
+
+
+def autoencoding_sample(context_ids: Sequence[int], text_ids: Sequence[int], end_id: int) -> BracketedSample:
+    """The decoder repeats the text, in its own ids."""
+    return _labelled(context_ids, text_ids, end_id, reconstruct=True)
+
+
+def continuation_sample(context_ids: Sequence[int], next_ids: Sequence[int], end_id: int) -> BracketedSample:
+    """The decoder goes on after the text."""
+    return _labelled(context_ids, next_ids, end_id, reconstruct=False)
+
+
+def question_sample(context_ids: Sequence[int], question_ids: Sequence[int], answer_ids: Sequence[int],
+                    end_id: int) -> BracketedSample:
+    """The decoder answers a question about the text."""
+    answer = (*answer_ids, end_id)
+    return BracketedSample(tuple(context_ids), (*question_ids, *answer), (*[IGNORED] * len(question_ids), *answer))
+
+
+def bracketed_loss(compressor: PCCCompressor, samples: Sequence[BracketedSample], *, bos_id: int,
+                   padding_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean cross-entropy over labelled places, logits (samples, length, vocab), labels (samples, length))."""
+    backbone = compressor.backbone
+    device = backbone.device
+    opening, asking, closing = compressor.special_rows[:, None]
+    bos = backbone.embed(torch.tensor([bos_id]))
+    rows, labels = [], []
+    for sample, slots in zip(samples, compressor.encode([s.context_ids for s in samples]), strict=True):
+        head = [bos, opening, compressor.bracketed(slots), closing, *([asking] if sample.reconstruct else [])]
+        tail = backbone.embed(torch.tensor(sample.tail_ids))
+        row = torch.cat([*(part.to(tail.dtype) for part in head), tail])
+        rows.append(row)
+        labels.append([*[IGNORED] * (len(row) - len(tail)), *sample.labels])
+    width = max(map(len, rows))
+    padding = backbone.embed(torch.tensor([padding_id]))
+    embeds = torch.stack([torch.cat([row, padding.expand(width - len(row), -1)]) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    targets = torch.tensor([[*row, *[IGNORED] * (width - len(row))] for row in labels], device=device)
+    positions = torch.arange(width, device=device).expand(len(rows), -1)
+    logits: Tensor = backbone.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
+                                    use_cache=False).logits
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(),
+                                    ignore_index=IGNORED)
+    return loss, logits, targets
+
+
+def collate(samples: Sequence[BracketedSample], *, encoder_padding_id: int,
+            padding_id: int) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """(encoder ids, tail ids, labels), each padded to the right to one length."""
+    return (_padded([s.context_ids for s in samples], encoder_padding_id),
+            _padded([s.tail_ids for s in samples], padding_id), _padded([s.labels for s in samples], IGNORED))
+
+
+def _labelled(context: Sequence[int], tail: Sequence[int], end_id: int, *, reconstruct: bool) -> BracketedSample:
+    ended = (*tail, end_id)
+    return BracketedSample(tuple(context), ended, ended, reconstruct)
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int) -> list[list[int]]:
+    width = max(map(len, rows), default=0)
+    return [[*row, *[filler] * (width - len(row))] for row in rows]
