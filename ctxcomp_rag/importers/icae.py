@@ -145,7 +145,8 @@ def _require_official(compressor: ICAECompressor, version: str) -> None:
     config = compressor.config
     if config.slots != "fixed" or config.slot_positions != "consecutive" or config.lora_alpha != OFFICIAL_ALPHA:
         raise InputError(
-            f"the official ICAE {version} format knows slots='fixed', slot_positions='consecutive' and lora_alpha=32 only, got "
+            f"the official ICAE {version} format knows slots='fixed', slot_positions='consecutive' and "
+            "lora_alpha=32 only, got "
             f"{config.slots!r}, {config.slot_positions!r} and {config.lora_alpha:g}; use save_pretrained instead"
         )
 

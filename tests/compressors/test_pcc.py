@@ -21,8 +21,8 @@ def save_bert(folder: Path) -> Path:
     """A tiny bidirectional encoder of another width than the decoder, with the same tokenizer."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        BertModel(BertConfig(vocab_size=len(tiny_tokenizer()), hidden_size=24, num_hidden_layers=2, intermediate_size=48,
-                             num_attention_heads=4, max_position_embeddings=64, initializer_range=0.2)
+        BertModel(BertConfig(vocab_size=len(tiny_tokenizer()), hidden_size=24, num_hidden_layers=2,
+                             intermediate_size=48, num_attention_heads=4, max_position_embeddings=64, initializer_range=0.2)
                   ).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -74,7 +74,7 @@ class TestTrainedWhole(_Contract):
         assert (attended.memory([short, long])[0] - alone).abs().max() > 1e-3
 
     def test_sizes_that_the_encoder_cannot_hold_are_refused(self, compressor: PCCCompressor) -> None:
-        with pytest.raises(InputError, match="expected 1 to 64 slots per segment.*got 65"):
+        with pytest.raises(InputError, match=r"expected 1 to 64 slots per segment.*got 65"):
             PCCCompressor(compressor.backbone, compressor.encoder, PCCConfig(256, 65))
         with pytest.raises(InputError, match="do not fit the 512 positions of the encoder"):
             PCCCompressor(compressor.backbone, compressor.encoder, PCCConfig(512, 64))
