@@ -231,6 +231,48 @@ def verify(index: IndexDir, as_json: Json = False) -> None:
         raise typer.Exit(3)
 
 
+class OfficialMethod(StrEnum):
+    """Whose checkpoint it is."""
+
+    icae = "icae"
+    pcc = "pcc"
+
+
+@app.command("import")
+def import_(
+    method: Annotated[OfficialMethod, typer.Argument(help="Whose checkpoint it is.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="icae: the .safetensors (v2) or .pt (v1) file. "
+                                           "pcc: the Lite or Large folder.")],
+    out: Annotated[Path, typer.Option(help="Folder of the compressor, for `precompress --compressor`.")],
+    model: Model = "embedded",
+    segment_tokens: Annotated[int | None, typer.Option(help="Longest segment; not in the file [default: icae v1 512, "
+                                                       "v2 4 for each slot, pcc 256].")] = None,
+    factor: Annotated[int, typer.Option(min=1, help="pcc: source tokens per slot; not in the files.")] = 4,
+    patch: Annotated[Path | None, typer.Option(help="pcc: file of the decoder's special tokens "
+                                               "[default: they are in the decoder].")] = None,
+    encoder_base: Annotated[str | None, typer.Option(help="pcc Large: model under the adapter "
+                                                     "[default: the one it names].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn an official checkpoint into a compressor folder."""
+    from ctxcomp_rag.backbone import load_frozen
+    from ctxcomp_rag.errors import InputError
+    from ctxcomp_rag.importers import import_official
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{str(out)!r} exists and is not an empty folder; choose another --out")
+    compressor = import_official(method.value, source, load_frozen(model), segment_tokens=segment_tokens,
+                                 factor=factor, patch=patch, encoder_base=encoder_base)
+    compressor.save_pretrained(out)
+    result = {"method": method.value, "out": str(out), "compressor": compressor.spec.compressor,
+              "segment_tokens": compressor.max_chunk_tokens, "compression_factor": compressor.compression_factor}
+    if as_json:
+        _print_json(result)
+        return
+    _out.print(f"imported {method.value}: segments of {result['segment_tokens']} tokens, "
+               f"{compressor.compression_factor:g}x, in {out}", markup=False)
+
+
 @app.command()
 def demo(seed: Annotated[int, typer.Option(help="Of the generated corpus: other seeds, other documents.")] = 1,
          documents: Annotated[int, typer.Option(help="Documents to generate.")] = 100, as_json: Json = False) -> None:

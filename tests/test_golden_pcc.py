@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ctxcomp_rag.backbone import load_frozen
 from ctxcomp_rag.compressors.pcc import PCCCompressor
+from ctxcomp_rag.importers.containers import read_tensors
 from ctxcomp_rag.importers.pcc import (
     load_official_converter,
     load_official_pcc,
     load_patched_decoder,
     read_patch,
-    read_tensors,
     save_official_pcc,
 )
 from ctxcomp_rag.training.bracketed import (

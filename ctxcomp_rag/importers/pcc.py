@@ -16,11 +16,10 @@ from torch import Tensor
 from ctxcomp_rag.backbone import Backbone, load_frozen
 from ctxcomp_rag.compressors.pcc import Converter, PCCCompressor, PCCConfig, load_encoder
 from ctxcomp_rag.errors import ModelLoadError
+from ctxcomp_rag.importers.containers import read_tensors
 
 CONVERTER_FILE = "memory_converter.bin"
 SPECIAL_TOKENS = ("<mem>", "<ae>", "</mem>")
-MAX_TENSOR_FILE_BYTES = 4 * 2**30
-"""Largest `.bin` or `.pt` that is read: hundreds of times the published ones, far from filling a machine."""
 
 _OFFICIAL_NAMES = {"norm.weight": "RMSNorm.weight"}
 
@@ -123,25 +122,6 @@ def load_patched_decoder(model: str | Path, patch: str | Path, **options: Any) -
     hf = plain.tokenizer.hf
     hf.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     return Backbone(network, hf, model_id=plain.model_id, revision=plain.revision)
-
-
-def read_tensors(path: Path) -> dict[str, Any]:
-    """A `.bin` or `.pt` of tensors, strings and lists; nothing else in it is ever run."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise ModelLoadError(f"there is no file {str(path)!r}") from error
-    if size > MAX_TENSOR_FILE_BYTES:
-        raise ModelLoadError(f"{str(path)!r} has {size:,} bytes, more than the {MAX_TENSOR_FILE_BYTES:,} that such a "
-                             "file may have")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what the bytes happen to provoke
-        reason = str(error).strip().split("\n")[0]
-        raise ModelLoadError(f"{str(path)!r} is not a file of plain tensors that can be read: {reason}") from error
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"{str(path)!r} must hold a dictionary of tensors, got {type(content).__name__}")
-    return content
 
 
 def _merged_rows(backbone: Backbone) -> Tensor:

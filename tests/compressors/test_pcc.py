@@ -22,8 +22,8 @@ def save_bert(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         BertModel(BertConfig(vocab_size=len(tiny_tokenizer()), hidden_size=24, num_hidden_layers=2,
-                  intermediate_size=48,
-                             num_attention_heads=4, max_position_embeddings=64, initializer_range=0.2)
+                             intermediate_size=48, num_attention_heads=4,
+                             max_position_embeddings=64, initializer_range=0.2)
                   ).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -1,0 +1,121 @@
+"""ICAE v1 against numbers from the official code: import, slots, logits, losses, greedy tokens, export.
+
+Every size is read from the fixture, so CTXCOMP_GOLDEN can name another folder of the same form. The untrained rows of
+v1's resized head are not modelled, so its loss is compared over the decoder's vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ctxcomp_rag.backbone import load_frozen
+from ctxcomp_rag.compressors.icae import ICAECompressor
+from ctxcomp_rag.errors import ModelLoadError
+from ctxcomp_rag.importers.containers import read_tensors
+from ctxcomp_rag.importers.icae import OFFICIAL_V1_END_ID, load_official_v1, save_official_v1
+from ctxcomp_rag.training import SampleIds, TrainingSample, training_loss
+
+SLOTS, LOGITS, LOSS = 2e-5, 5e-5, 1e-5
+CHECKPOINT = "icae_v1_zeroweight.pt"
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return (a.detach() - b).abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def folder(golden: Path) -> Path:
+    return golden / "icae_v1"
+
+
+@pytest.fixture(scope="module")
+def inputs(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "inputs.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def samples(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "train_samples.json").read_text())["samples"]
+
+
+@pytest.fixture(scope="module")
+def compressor(folder: Path, inputs: dict[str, Any]) -> ICAECompressor:
+    backbone = load_frozen(folder / "base", device="cpu")
+    return load_official_v1(folder / CHECKPOINT, backbone, segment_tokens=inputs["model_max_length"])
+
+
+def context_of(sample: dict[str, Any], mem_size: int) -> list[int]:
+    return sample["input_ids"][:-mem_size]
+
+
+def test_trained_part(compressor: ICAECompressor, folder: Path, inputs: dict[str, Any], tmp_path: Path) -> None:
+    save_official_v1(compressor, tmp_path / "export.pt")
+    exported, original = read_tensors(tmp_path / "export.pt"), read_tensors(folder / CHECKPOINT)
+    stated = json.loads((folder / "state_dict_keys.json").read_text())["keys"]
+    assert exported.keys() == original.keys() == stated.keys()
+    assert all(exported[k].dtype == t.dtype and exported[k].equal(t) for k, t in original.items())
+    trained = load_file(folder / "icae_v1_trained_part.safetensors")
+    assert {k for k, t in exported.items() if t.ndim} == trained.keys()
+    assert all(exported[k].equal(t) for k, t in trained.items())
+    ids = SampleIds.of(compressor)
+    assert {"mem_first": ids.first_memory, "ae": ids.reconstruct, "lm": ids.continue_, "ft": ids.after,
+            "eos": OFFICIAL_V1_END_ID}.items() <= inputs["ids"].items()
+    assert compressor.config.lora_rank == inputs["lora"]["r"]
+
+
+@torch.no_grad()
+def test_slots(compressor: ICAECompressor, folder: Path, inputs: dict[str, Any], samples: dict[str, Any]) -> None:
+    for name, expected in load_file(folder / "slots.safetensors").items():
+        context = context_of(samples[name], inputs["mem_size"])
+        assert difference(compressor.encode([context])[0], expected) <= SLOTS, name
+
+
+@torch.no_grad()
+def test_logits_and_loss(compressor: ICAECompressor, folder: Path, inputs: dict[str, Any],
+                         samples: dict[str, Any]) -> None:
+    reference = load_file(folder / "decoder_logits.safetensors")
+    memory = [inputs["ids"]["mem_first"]] * inputs["mem_size"]
+    for name, expected in samples.items():
+        sample = TrainingSample(tuple(context_of(expected, inputs["mem_size"])),
+                                (*memory, *expected["prompt_answer_ids"]), (*[-100] * len(memory), *expected["labels"]))
+        loss, logits = training_loss(compressor, sample)
+        assert abs(loss.item() - expected["loss_base_vocab_only"]) <= LOSS, name
+        if name in reference:
+            assert difference(logits, reference[name]) <= LOGITS, name
+
+
+@torch.no_grad()
+def test_greedy_tokens(compressor: ICAECompressor, folder: Path, inputs: dict[str, Any],
+                       samples: dict[str, Any]) -> None:
+    greedy = json.loads((folder / "greedy.json").read_text())
+    after, backbone = compressor.spec.delimiters["after"], compressor.backbone
+    rows = torch.cat([compressor.encode([context_of(samples["ft"], inputs["mem_size"])])[0], after,
+                      backbone.embed(torch.tensor(inputs["prompt_ids"])), after])
+    produced: list[int] = []
+    while len(produced) < greedy["max_new_tokens"]:
+        token = int(backbone.model(inputs_embeds=rows[None]).logits[0, -1].argmax())
+        if token == OFFICIAL_V1_END_ID:
+            break
+        produced.append(token)
+        rows = torch.cat([rows, backbone.embed(torch.tensor([token]))])
+    assert produced == greedy["tokens"]
+
+
+def test_damaged_files_are_named(compressor: ICAECompressor, folder: Path, tmp_path: Path) -> None:
+    content = read_tensors(folder / CHECKPOINT)
+    placeholder = next(k for k, t in content.items() if t.ndim == 0)
+    lora = next(k for k, t in content.items() if "lora_A" in k)
+    for changes, message in [({placeholder + "x": torch.tensor(0.0)}, "has placeholders of .*x"),
+                             ({lora: content[lora].half()}, r"other tensors than float32 as .*float16"),
+                             ({lora: "text"}, "something else than a tensor")]:
+        torch.save({**content, **changes}, tmp_path / "bad.pt")
+        with pytest.raises(ModelLoadError, match=message):
+            load_official_v1(tmp_path / "bad.pt", compressor.backbone)
