@@ -144,7 +144,7 @@ def load_encoder(path: str | Path, *, adapter: str | Path | None = None, tokeniz
             model = get_peft_model(model, lora)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(f"the encoder in {str(adapter or path)!r} cannot be loaded: {error}") from error
-    memory_ids = tuple(hf.convert_tokens_to_ids([f"<mem_{i}>" for i in range(NUM_MEMORY_TOKENS)]))
+    memory_ids = tuple(int(hf.convert_tokens_to_ids(f"<mem_{i}>")) for i in range(NUM_MEMORY_TOKENS))  # type: ignore[arg-type]
     padding = next(i for i in (hf.pad_token_id, hf.unk_token_id, hf.eos_token_id, 0) if i is not None)
     return Encoder(model.eval(), TextTokenizer(hf), memory_ids, int(padding))
 
@@ -172,7 +172,7 @@ class PCCCompressor(Compressor, nn.Module):
         if self.config.segment_tokens + used > room:
             raise InputError(f"segments of {self.config.segment_tokens} tokens with {used} memory tokens do not fit "
                              f"the {room} positions of the encoder; use shorter segments")
-        self.encoder_model = encoder.model.to(backbone.device)
+        self.encoder_model = encoder.model.to(backbone.device)  # type: ignore[arg-type]
         self.converter = (converter or Converter(encoder.hidden_size, backbone.hidden_size)).to(backbone.device)
         if special_rows is None:
             table = backbone.embed(torch.arange(min(4096, int(backbone.config.vocab_size))))
@@ -241,7 +241,7 @@ class PCCCompressor(Compressor, nn.Module):
         """Rows of a span: slots (segments * slots per segment, hidden_size) with the inner brackets between them."""
         opening, _, closing = self.special_rows.to(slots.dtype)
         rows: list[Tensor] = []
-        for segment in slots.split(self.config.slots_per_segment):
+        for segment in torch.split(slots, self.config.slots_per_segment):
             rows += [closing[None], opening[None], segment] if rows else [segment]
         return torch.cat(rows)
 

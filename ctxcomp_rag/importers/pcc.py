@@ -126,7 +126,7 @@ def load_patched_decoder(model: str | Path, patch: str | Path, **options: Any) -
 
 def _merged_rows(backbone: Backbone) -> Tensor:
     hf = backbone.tokenizer.hf
-    ids = hf.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    ids = [hf.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
     missing = [t for t, i in zip(SPECIAL_TOKENS, ids, strict=True) if i is None or i == hf.unk_token_id]
     if missing:
         raise ModelLoadError(f"the decoder {backbone.model_id!r} has no token {', '.join(missing)}; pass the patch "
