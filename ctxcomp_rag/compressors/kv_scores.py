@@ -243,7 +243,8 @@ class KeyNorm(ScoringRule):
     name: ClassVar[str] = "key_norm"
 
     def score(self, entries: Entries) -> Tensor:
-        return -torch.linalg.vector_norm(entries.keys.float(), dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(entries.keys.float(), dim=-1)
+        return -norms
 
 
 @scoring_rule
