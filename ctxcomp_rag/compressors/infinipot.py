@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class InfiniPotConfig:
         rule: what to keep.
         sink_slots, recent_slots: entries at either end that are always kept, half of the slots each at most.
         step_tokens: longest piece of text in one forward pass.
+        slot_dtype: how keys and values leave the pot. "bfloat16" halves the spans of a float32 decoder, for a rounding
+            error of at most 2^-8 of each number; reading itself always uses the decoder's own type.
     """
 
     pot_tokens: int | None = None
@@ -62,6 +64,7 @@ class InfiniPotConfig:
     sink_slots: int = 0
     recent_slots: int = 0
     step_tokens: int = 512
+    slot_dtype: Literal["decoder", "bfloat16"] = "decoder"
 
     def __post_init__(self) -> None:
         if not self.compression_factor >= 1:
@@ -72,6 +75,8 @@ class InfiniPotConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"expected {name} of at least {least}, got {value}")
+        if self.slot_dtype not in ("decoder", "bfloat16"):
+            raise InputError(f"expected slot_dtype='decoder' or 'bfloat16', got {self.slot_dtype!r}")
         if self.rule.queries == "catalyst" and not self.catalyst:
             raise InputError(f"the rule {self.rule.name!r} scores by a catalyst prompt; `catalyst` must not be empty")
 
@@ -167,9 +172,14 @@ class InfiniPotCompressor(Compressor):
         for chunk, ids, keep in zip(chunks, texts, budgets, strict=True):
             pot = self.distilled(ids, keep)
             span = KVSpan(chunk.id, len(ids), torch.arange(pot.size), pot.size,
-                          torch.stack(pot.keys), torch.stack(pot.values))
-            made.append((span, pot.indices))
+                          self._slots(pot.keys), self._slots(pot.values))
+            made.append((span, pot.indices.cpu()))
         return made
+
+    def _slots(self, layers: Sequence[Tensor]) -> Tensor:
+        # To main memory at once: a batch of KV spans can be larger than the model that made them.
+        dtype = torch.bfloat16 if self.config.slot_dtype == "bfloat16" else self.backbone.dtype
+        return torch.stack([layer.to("cpu", dtype) for layer in layers])
 
     def num_slots(self, num_tokens: int, compression_factor: float | None = None) -> int:
         """Slots of a text; raises InputError for a factor below 1 or a budget that the pot cannot hold."""

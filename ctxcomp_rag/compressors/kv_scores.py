@@ -243,8 +243,8 @@ class KeyNorm(ScoringRule):
     name: ClassVar[str] = "key_norm"
 
     def score(self, entries: Entries) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(entries.keys.float(), dim=-1)
-        return -norm
+        norms: Tensor = torch.linalg.vector_norm(entries.keys.float(), dim=-1)
+        return -norms
 
 
 @scoring_rule

@@ -131,10 +131,10 @@ class _Builder:
                                         f"decoder {b.model_id!r} reads {expected} (layers, kv heads, slots, head size)")
         require_full_attention(b.config)
         self._close_run()
-        keys = span.keys.to(b.device)
+        keys = span.keys.to(b.device, b.dtype)  # first: keys stored in less are not rounded a second time
         if self.next_position:
             keys = rotate_keys(keys, self.next_position, b.rope)
-        self.runs.append(CachedRun(keys.to(b.dtype), span.values.to(b.device, b.dtype)))
+        self.runs.append(CachedRun(keys, span.values.to(b.device, b.dtype)))
         self.next_position += span.num_positions
 
     def _close_run(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +17,10 @@ from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors.infinipot import QUESTION_CATALYST, InfiniPotCompressor, InfiniPotConfig
 from ctxcomp_rag.compressors.kv_scores import CaP, Entries, InfiniPot, NuC, SnapKV, StreamingLLM
 from ctxcomp_rag.compressors.pot import ContextPot
-from ctxcomp_rag.decoding import FrozenDecoder, TokenIds
+from ctxcomp_rag.decoding import FrozenDecoder, Part, TokenIds
 from ctxcomp_rag.errors import InputError, UnsupportedModelError
-from tests.compressors.contract import CompressorContract
+from ctxcomp_rag.spans import KVSpan
+from tests.compressors.contract import CompressorContract, assert_same_span
 from tests.tiny_models import FULL_ATTENTION_ROPE, tiny_backbone, tiny_config, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -230,6 +233,23 @@ def test_sink_and_recent_tokens_stay_through_all_pots() -> None:
     assert bool((indices[..., -2:] == torch.tensor([68, 69])).all())
 
 
+def test_slots_in_bfloat16_take_half_the_bytes_and_miss_the_keys_and_values_by_rounding_only() -> None:
+    text = "One two three four five six seven eight nine ten. " * 2
+    exact_maker, small_maker = infinipot(), infinipot(replace(SMALL, slot_dtype="bfloat16"))
+    chunk = chunk_of(exact_maker.backbone, text)
+    [exact], [small] = exact_maker.compress([chunk]), small_maker.compress([chunk])
+    assert small.nbytes == exact.nbytes // 2 == 2 * 2 * 2 * small.num_slots * 8 * 2
+    assert exact_maker.spec.fingerprint != small_maker.spec.fingerprint
+    for rounded, full in ((small.keys, exact.keys), (small.values, exact.values)):
+        torch.testing.assert_close(rounded.float(), full, atol=0, rtol=2**-8)
+    decoder = FrozenDecoder(exact_maker.backbone)
+    wide = KVSpan(small.chunk_id, small.num_source_tokens, small.positions, small.num_positions, small.keys.float(),
+                  small.values.float())
+    prompts: list[list[Part]] = [[TokenIds(QUESTION), span, TokenIds(QUESTION)] for span in (small, wide)]
+    # moving the keys to their place in the prompt rounds nothing more
+    assert decoder.logits(prompts[0]).equal(decoder.logits(prompts[1]))
+
+
 # -- bounds ----------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +296,8 @@ def test_pots_of_impossible_sizes_are_refused(config: InfiniPotConfig, message: 
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InputError, match=r"compression factor of at least 1, got 0\.2"):
         InfiniPotConfig(compression_factor=0.2)
+    with pytest.raises(InputError, match="slot_dtype='decoder' or 'bfloat16', got 'int3'"):
+        InfiniPotConfig(slot_dtype="int3")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="num_slots of at least 1, got 0"):
         InfiniPotConfig(num_slots=0)
     with pytest.raises(InputError, match="'cap' scores by a catalyst prompt; `catalyst` must not be empty"):
@@ -315,6 +337,22 @@ def test_the_attention_implementation_stays_what_it_is() -> None:
     compressor.distilled(IDS, 10)
     for model in (compressor.backbone.model, compressor._model):
         assert model.config._attn_implementation == "sdpa"
+
+
+def test_threads_that_compress_and_decode_at_once_do_not_disturb_each_other() -> None:
+    compressor = infinipot()
+    decoder = FrozenDecoder(compressor.backbone)
+    chunks = [chunk_of(compressor.backbone, f"The number {i} stands in line {i * i} of this text. " * 2)
+              for i in range(3)]
+    alone = compressor.compress(chunks)
+    logits = decoder.logits([TokenIds(tuple(IDS))])
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(compressor.compress, chunks) for _ in range(4)]
+        reads = [pool.submit(decoder.logits, [TokenIds(tuple(IDS))]) for _ in range(8)]
+        for job in jobs:
+            for span, expected in zip(job.result(), alone, strict=True):
+                assert_same_span(span, expected)
+        assert all(r.result().equal(logits) for r in reads)
 
 
 @pytest.mark.parametrize(("name", "reason"), [
