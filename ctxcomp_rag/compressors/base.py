@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, embedded_path
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import InputError, ModelLoadError
-from ctxcomp_rag.spans import MemorySpan, SpanSpec
+from ctxcomp_rag.spans import DecoderFingerprint, MemorySpan, SpanSpec
 
 CONFIG_NAME = "ctxcomp_config.json"
 
@@ -87,6 +87,15 @@ def checked_factor(compression_factor: float) -> float:
     if not 1 <= compression_factor < math.inf:
         raise InputError(f"expected a compression factor of at least 1, got {compression_factor:g}")
     return compression_factor
+
+
+def decoder_differences(saved_for: DecoderFingerprint, decoder: DecoderFingerprint) -> list[str]:
+    """Fields in which the decoder of a saved compressor and this one differ, as far as that can be told.
+
+    The same weights in another precision have another digest, so across dtypes neither is compared.
+    """
+    skip = {"dtype", "weights_digest"} if saved_for.dtype != decoder.dtype else set()
+    return [name for name in saved_for.differences(decoder) if name not in skip]
 
 
 def read_config(path: Path) -> dict[str, Any]:

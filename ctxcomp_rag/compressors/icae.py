@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, checked_factor, read_config
+from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, checked_factor, decoder_differences, read_config
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError, ModelLoadError
 from ctxcomp_rag.spans import DecoderFingerprint, SlotPositions, SoftSpan, SpanSpec
 
@@ -279,12 +279,11 @@ class ICAECompressor(Compressor, nn.Module):
         except (KeyError, TypeError) as error:
             raise ModelLoadError(f"the settings of the compressor in {str(folder)!r} are not those of {cls.name}: "
                                  f"{error}") from error
-        different = [d for d in trained_for.differences(backbone.fingerprint) if d not in ("dtype", "weights_digest")]
-        if different or (trained_for.dtype == backbone.fingerprint.dtype
-                         and trained_for.weights_digest != backbone.fingerprint.weights_digest):
+        different = decoder_differences(trained_for, backbone.fingerprint)
+        if different:
             raise IncompatibleSpanError(
                 f"the compressor in {str(folder)!r} was trained for the decoder {trained_for}, but this decoder is "
-                f"{backbone.fingerprint}; they differ in {', '.join(different or ['weights_digest'])}"
+                f"{backbone.fingerprint}; they differ in {', '.join(different)}"
             )
         if trained_for.dtype != backbone.fingerprint.dtype:
             warnings.warn(f"the compressor in {str(folder)!r} was trained for the decoder in {trained_for.dtype}, this "

@@ -23,7 +23,7 @@ from torch import Tensor
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors.attention import require_observable
-from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, read_config
+from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, decoder_differences, read_config
 from ctxcomp_rag.compressors.kv_scores import InfiniPot, ScoringRule, make_rule
 from ctxcomp_rag.compressors.pot import ContextPot
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError
@@ -219,10 +219,7 @@ class InfiniPotCompressor(Compressor):
         settings = read_config(Path(path))
         made_for = DecoderFingerprint(**settings.pop("decoder"))
         settings.pop("method")
-        different = [d for d in made_for.differences(backbone.fingerprint) if d not in ("dtype", "weights_digest")]
-        if made_for.dtype == backbone.fingerprint.dtype \
-                and made_for.weights_digest != backbone.fingerprint.weights_digest:
-            different.append("weights_digest")
+        different = decoder_differences(made_for, backbone.fingerprint)
         if different:
             raise IncompatibleSpanError(
                 f"the settings in {str(path)!r} were saved for the decoder {made_for}, but this decoder is "

@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ctxcomp_rag.backbone import Backbone, weights_digest
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, read_config
+from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, decoder_differences, read_config
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError, ModelLoadError
 from ctxcomp_rag.spans import DecoderFingerprint, SoftSpan, SpanSpec
 from ctxcomp_rag.tokenization import TextTokenizer
@@ -314,9 +314,7 @@ class PCCCompressor(Compressor, nn.Module):
         settings = read_config(folder)
         trained_for = DecoderFingerprint(**settings.pop("decoder"))
         settings.pop("method")
-        different = trained_for.differences(backbone.fingerprint)
-        if trained_for.dtype != backbone.fingerprint.dtype:  # the same weights in another precision
-            different = [d for d in different if d not in ("dtype", "weights_digest")]
+        different = decoder_differences(trained_for, backbone.fingerprint)
         if different:
             raise IncompatibleSpanError(
                 f"the compressor in {str(folder)!r} was trained for the decoder {trained_for}, but this decoder is "
