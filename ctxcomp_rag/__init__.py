@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ctxcomp_rag.backbone import Backbone, load_frozen
+    from ctxcomp_rag.chat import ChatPrompt, ChatTurn, SpanChat, SpanReference, with_references
     from ctxcomp_rag.chunking import Chunk, Document, split_document
     from ctxcomp_rag.compressors import Compressor, load_compressor
     from ctxcomp_rag.decoding import (
@@ -16,14 +17,17 @@ if TYPE_CHECKING:
         GenerationSettings,
         Message,
         Part,
+        RequestScheduler,
         Text,
+        Ticket,
         render_chat,
         splice,
     )
-    from ctxcomp_rag.errors import CtxcompError
+    from ctxcomp_rag.errors import CtxcompError, InputError, SchedulerFullError, SpanReferenceError
     from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
     from ctxcomp_rag.pipeline import Answer, CompressedRAG
     from ctxcomp_rag.readers import read_documents
+    from ctxcomp_rag.references import SpanReferences, find_references, new_scope
     from ctxcomp_rag.retrieval import load_retrieval_encoder
     from ctxcomp_rag.rope import rotate_keys
     from ctxcomp_rag.spans import KVSpan, MemorySpan, SoftSpan, SpanSpec
@@ -32,15 +36,18 @@ __version__ = "0.1.0"
 
 _HOME = {
     "backbone": ("Backbone", "load_frozen"),
+    "chat": ("ChatPrompt", "ChatTurn", "SpanChat", "SpanReference", "with_references"),
     "chunking": ("Chunk", "Document", "split_document"),
     "compressors": ("Compressor", "load_compressor"),
     "decoding": (
-        "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "Text", "render_chat", "splice",
+        "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "RequestScheduler", "Text", "Ticket",
+        "render_chat", "splice",
     ),
-    "errors": ("CtxcompError",),
+    "errors": ("CtxcompError", "InputError", "SchedulerFullError", "SpanReferenceError"),
     "index": ("MemoryIndex", "RetrievedSpan"),
     "pipeline": ("Answer", "CompressedRAG"),
     "readers": ("read_documents",),
+    "references": ("SpanReferences", "find_references", "new_scope"),
     "retrieval": ("load_retrieval_encoder",),
     "rope": ("rotate_keys",),
     "spans": ("KVSpan", "MemorySpan", "SoftSpan", "SpanSpec"),
@@ -50,6 +57,8 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "Answer",
     "Backbone",
+    "ChatPrompt",
+    "ChatTurn",
     "Chunk",
     "CompressedRAG",
     "Compressor",
@@ -58,23 +67,34 @@ __all__ = [
     "FrozenDecoder",
     "Generation",
     "GenerationSettings",
+    "InputError",
     "KVSpan",
     "MemoryIndex",
     "MemorySpan",
     "Message",
     "Part",
+    "RequestScheduler",
     "RetrievedSpan",
+    "SchedulerFullError",
     "SoftSpan",
+    "SpanChat",
+    "SpanReference",
+    "SpanReferenceError",
+    "SpanReferences",
     "SpanSpec",
     "Text",
+    "Ticket",
+    "find_references",
     "load_compressor",
     "load_frozen",
     "load_retrieval_encoder",
+    "new_scope",
     "read_documents",
     "render_chat",
     "rotate_keys",
     "splice",
     "split_document",
+    "with_references",
 ]
 
 

@@ -4,6 +4,8 @@
     ├── InputError(ValueError)            a document, file, column or argument is not usable
     ├── SpanShapeError(ValueError)        tensors of a span do not fit together
     ├── IncompatibleSpanError(ValueError) a span was made for another decoder or compressor
+    ├── SpanReferenceError(ValueError)    a reference to a span is forged, expired, or of another scope
+    ├── SchedulerFullError(RuntimeError)  more requests are waiting than the scheduler takes
     ├── UnsupportedModelError(ValueError) this architecture cannot do what was asked, with the reason
     ├── ModelLoadError(OSError)           a model, tokenizer or compressor cannot be loaded
     └── IndexFolderError(OSError)         an index folder is missing, damaged, or in use
@@ -31,6 +33,21 @@ class SpanShapeError(CtxcompError, ValueError):
 
 class IncompatibleSpanError(CtxcompError, ValueError):
     """A span or index was made for another decoder or by another compressor."""
+
+
+class SpanReferenceError(CtxcompError, ValueError):
+    """A reference to a span is malformed, forged, expired, revoked, or of another scope.
+
+    The message never repeats the reference: logs are read by others.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class SchedulerFullError(CtxcompError, RuntimeError):
+    """More requests are waiting than the scheduler takes."""
 
 
 class UnsupportedModelError(CtxcompError, ValueError):

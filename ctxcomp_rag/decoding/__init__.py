@@ -12,7 +12,9 @@ from ctxcomp_rag.decoding.prompt import (
     reconstruction_prompt,
     render_chat,
 )
+from ctxcomp_rag.decoding.scheduler import RequestScheduler, Ticket
 from ctxcomp_rag.decoding.splice import PromptUsage, SplicedPrompt, splice
 
 __all__ = ["Delimiter", "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "PromptUsage",
-           "SplicedPrompt", "Text", "TokenIds", "enclosed", "reconstruction_prompt", "render_chat", "splice"]
+           "RequestScheduler", "SplicedPrompt", "Text", "Ticket", "TokenIds", "enclosed", "reconstruction_prompt",
+           "render_chat", "splice"]

@@ -42,7 +42,7 @@ def prefill(prompts: Sequence[SplicedPrompt], backbone: Backbone) -> DecodingSta
     if all(len(p.runs) == 1 for p in prompts):
         return _prefill_together(prompts, backbone)
     states = [_prefill_alone(p, backbone) for p in prompts]
-    return states[0] if len(states) == 1 else _merge(states, backbone)
+    return states[0] if len(states) == 1 else merge(states, backbone)
 
 
 def all_logits(prompt: SplicedPrompt, backbone: Backbone) -> Tensor:
@@ -56,6 +56,26 @@ def step(state: DecodingState, tokens: list[int], backbone: Backbone) -> None:
     state.mask = torch.cat([state.mask, state.mask.new_ones(len(tokens), 1)], dim=1)
     state.logits = _forward(backbone, backbone.embed(ids), state.positions[:, None], state.mask, state.cache, 1)[:, -1]
     state.positions = state.positions + 1
+
+
+def merge(states: Sequence[DecodingState], backbone: Backbone) -> DecodingState:
+    """One state of the rows of several, left-padded to one length. Keys are rotated already: padding moves nothing.
+
+    Only for models whose layers all keep every position (`require_full_attention`).
+    """
+    width = max(s.mask.shape[1] for s in states)
+    cache = DynamicCache(config=backbone.model.config)
+
+    def padded(tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[2], 0))
+
+    caches: list[list[Any]] = [list(s.cache.layers) for s in states]
+    for number, layers in enumerate(zip(*caches, strict=True)):
+        cache.update(torch.cat([padded(layer.keys) for layer in layers]),
+                     torch.cat([padded(layer.values) for layer in layers]), number)
+    masks = [torch.nn.functional.pad(s.mask, (width - s.mask.shape[1], 0)) for s in states]
+    return DecodingState(torch.cat([s.logits for s in states]), cache, torch.cat(masks),
+                         torch.cat([s.positions for s in states]))
 
 
 def _forward(backbone: Backbone, embeds: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache,
@@ -105,20 +125,3 @@ def _prefill_together(prompts: Sequence[SplicedPrompt], backbone: Backbone) -> D
     cache = DynamicCache(config=backbone.model.config)
     logits = _forward(backbone, embeds, positions, mask, cache, 1)[:, -1]
     return DecodingState(logits, cache, mask, torch.tensor([p.next_position for p in prompts], device=device))
-
-
-def _merge(states: Sequence[DecodingState], backbone: Backbone) -> DecodingState:
-    """Left-pad the caches of single prompts to one length. Keys are rotated already, so padding moves nothing."""
-    width = max(s.mask.shape[1] for s in states)
-    cache = DynamicCache(config=backbone.model.config)
-
-    def padded(tensor: Tensor) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[2], 0))
-
-    caches: list[list[Any]] = [list(s.cache.layers) for s in states]
-    for number, layers in enumerate(zip(*caches, strict=True)):
-        cache.update(torch.cat([padded(layer.keys) for layer in layers]),
-                     torch.cat([padded(layer.values) for layer in layers]), number)
-    masks = [torch.nn.functional.pad(s.mask, (width - s.mask.shape[1], 0)) for s in states]
-    return DecodingState(torch.cat([s.logits for s in states]), cache, torch.cat(masks),
-                         torch.cat([s.positions for s in states]))

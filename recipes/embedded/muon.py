@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+import parallel
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class Muon(torch.optim.Optimizer):
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                     buffers.append(torch.lerp(p.grad, state["momentum"], group["momentum"]))
-                update = orthogonalise(torch.stack(buffers))
+                update = parallel.spread(orthogonalise, torch.stack(buffers))
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
                 for p, u in zip(params, update, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-rate)

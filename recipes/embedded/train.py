@@ -13,7 +13,7 @@ import math
 import os
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from data import SPECIALS, Corpus, Row, read_lines, read_squad
 from model import PRESETS, Model
 from muon import Muon
+from parallel import share, start, sum_gradients, total
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -51,6 +52,10 @@ class Schedule:
         if stage != "text" and share > self.decay_from:
             scale *= 1 - 0.97 * (share - self.decay_from) / (1 - self.decay_from)
         return scale
+
+    def naming(self, stage: str, step: int) -> float:
+        """Weight of the naming loss: 1 at the start of the joint stage, nothing from 40 % on."""
+        return max(0.0, 1 - step / (0.4 * self.joint)) if stage == "joint" else 0.0
 
 
 def train_tokenizer(data: Path, vocab_size: int) -> Tokenizer:
@@ -85,7 +90,7 @@ def padded(rows: list[list[int]], value: int = 0) -> Tensor:
     return torch.tensor([r + [value] * (width - len(r)) for r in rows])
 
 
-def encode_spans(model: Model, spans: list[tuple[list[int], float]], budget: int = 4096) -> tuple[Tensor, list[int]]:
+def encode_spans(model: Model, spans: list[tuple[list[int], float]], budget: int = 1024) -> tuple[Tensor, list[int]]:
     """Slots of all spans, in order, and where each span begins; length-bucketed."""
     order = sorted(range(len(spans)), key=lambda i: len(spans[i][0]) + num_slots(*_lf(spans[i])))
     counts = [num_slots(len(ids), f) for ids, f in spans]
@@ -127,6 +132,15 @@ class Flat:
     slot: list[int]  # index into the slot table, -1 for text
     targets: list[tuple[int, int, str, int]]  # (column, label, loss kind, branch)
     source: str
+
+
+def split_branches(row: Row) -> list[Row]:
+    """Reconstruction apart from the questions where the context is short: attention is quadratic in the row."""
+    spans = [f for _, f in row.parts]
+    if len(row.branches) < 3 or None in spans or min(f for f in spans if f) < 2:
+        return [row]
+    kinds = [[b for b in row.branches if (b.kind == "reconstruct") is apart] for apart in (False, True)]
+    return [replace(row, branches=branches) for branches in kinds if branches]
 
 
 def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat:
@@ -178,6 +192,28 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
 WEIGHTS = {"answer-home": 1.0, "answer": 0.6, "reconstruct": 1.0, "question": 0.1, "lm": 0.3, "lm-home": 0.3}
 
 
+def naming_loss(model: Model, spans: list[tuple[list[int], float]], slots: Tensor) -> Tensor:
+    """Sum over slots of the cross-entropy of a slot, read by the tied head, against the tokens of its piece of text.
+
+    A scaffold for the first part of the joint stage: at 1x it asks a slot to look like its token's embedding, which
+    the decoder can read already; without it, slots carry nothing for thousands of steps.
+    """
+    slot_of: list[int] = []
+    token: list[int] = []
+    weight: list[float] = []
+    first = 0
+    for ids, factor in spans:
+        count = num_slots(len(ids), factor)
+        for j in range(count):
+            piece = ids[j * len(ids) // count : max(j * len(ids) // count + 1, (j + 1) * len(ids) // count)]
+            slot_of += [first + j] * len(piece)
+            token += piece
+            weight += [1 / len(piece)] * len(piece)
+        first += count
+    log_p = F.log_softmax(F.linear(slots, model.embed), dim=-1)
+    return -(log_p[torch.tensor(slot_of), torch.tensor(token)] * torch.tensor(weight)).sum()
+
+
 @dataclass
 class Outcome:
     """Sums of the loss by kind, counts, and per answer branch whether every token was right."""
@@ -188,9 +224,10 @@ class Outcome:
     exact: list[tuple[str, str, bool]]
 
 
-def forward(model: Model, rows: list[Row], separator: list[int], budget: int = 4096) -> Outcome:
+def forward(model: Model, rows: list[Row], separator: list[int], budget: int = 1024, naming: float = 0.0) -> Outcome:
+    """Loss of these rows. With several processes, means are over the rows of all of them."""
     spans = [(ids, f) for row in rows for ids, f in row.parts if f is not None]
-    slots, starts = encode_spans(model, spans) if spans else (torch.zeros(0, model.shape.hidden_size), [0])
+    slots, starts = encode_spans(model, spans, budget) if spans else (torch.zeros(0, model.shape.hidden_size), [0])
     flats, at = [], 0
     for row in rows:
         mine = {}
@@ -198,10 +235,14 @@ def forward(model: Model, rows: list[Row], separator: list[int], budget: int = 4
             if f is not None:
                 mine[k] = starts[at]
                 at += 1
-        flats.append(lay_out(row, separator, mine))
+        flats += [lay_out(r, separator, mine) for r in split_branches(row)]
     kinds = sorted(WEIGHTS)
-    totals = {k: sum(t[2] == k for f in flats for t in f.targets) for k in kinds}
+    counted = total(torch.tensor([float(sum(t[2] == k for f in flats for t in f.targets)) for k in kinds]
+                                 + [float(len(slots))]))
+    totals = dict(zip(kinds, map(int, counted.tolist()), strict=False))
     loss = torch.zeros(())
+    if naming and len(slots):
+        loss = loss + naming_loss(model, spans, slots) * (naming / float(counted[-1]))
     sums = dict.fromkeys(kinds, 0.0)
     exact: list[tuple[str, str, bool]] = []
     flats.sort(key=lambda f: len(f.ids))
@@ -231,6 +272,7 @@ def forward(model: Model, rows: list[Row], separator: list[int], budget: int = 4
                 if t[2].startswith(("answer", "reconstruct")):
                     flags[(r, t[3])] = flags.get((r, t[3]), True) and ok
             exact += [(batch[r].source, "", ok) for (r, _), ok in flags.items()]
+    sums = dict(zip(kinds, total(torch.tensor([sums[k] for k in kinds])).tolist(), strict=True))
     return Outcome(loss, sums, totals, exact)
 
 
@@ -268,13 +310,19 @@ def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, s
         return rows + [several("fictional", 1.0) for _ in count(2)]
     rows = singles({"fictional": 7, "squad": 2, "wiki": 2}, True)
     if stage == "joint":
-        rows += singles({"fictional": 2, "squad": 3, "wiki": 1}, False)
+        rows += singles({"fictional": 3, "squad": 3, "wiki": 1}, False)
         if progress < 0.33:
             rows += [corpus.random_row(rng, rng.uniform(1, 2), ae) for _ in count(2)]
     if progress > 0.1 or stage == "compressor":
-        rows += [several("fictional", 0.3) for _ in count(2)]
-        rows += [several("squad", 0.3) for _ in count(1) if rng.random() < english]
+        rows += [several("fictional", rng.choice((0.0, 0.3, 1.0))) for _ in count(4)]
+        rows += [several("squad", rng.choice((0.0, 0.3, 1.0))) for _ in count(1) if rng.random() < english]
     return rows
+
+
+def cost(row: Row) -> int:
+    """About the number of tokens that a row sends through the blocks."""
+    parts = sum(len(ids) if f is None else len(ids) + 2 * num_slots(len(ids), f) for ids, f in row.parts)
+    return parts + sum(len(b.ids) for b in row.branches)
 
 
 def save(model: Model, optimizers: list[torch.optim.Optimizer], path: Path, state: dict[str, object]) -> None:
@@ -333,8 +381,10 @@ def evaluate(model: Model, corpus: Corpus, vocab: int, seed: int = 7) -> dict[st
     return result
 
 
-def record(folder: Path, line: dict[str, object]) -> None:
-    """Print a line of the log and keep it."""
+def record(folder: Path, rank: int, line: dict[str, object]) -> None:
+    """Print a line of the log and keep it (the first process does)."""
+    if rank:
+        return
     print(json.dumps(line), flush=True)
     with (folder / "log.jsonl").open("a") as log:
         log.write(json.dumps(line) + "\n")
@@ -353,7 +403,9 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--evaluate-every", type=int, default=250)
     parser.add_argument("--save-every", type=int, default=50)
+    parser.add_argument("--init-from", type=Path, help="start the joint stage from the weights of this checkpoint")
     args = parser.parse_args()
+    rank, world = start()
     schedule = Schedule(**{name: getattr(args, name) for name in asdict(Schedule())})
     args.out.mkdir(parents=True, exist_ok=True)
     shape = PRESETS[args.preset]
@@ -376,20 +428,25 @@ def main() -> None:
         start_stage, start_step = state["stage"], state["step"]
         optimizers = make_optimizers(model, start_stage, schedule)
         load(model, optimizers, checkpoint)
+    elif args.init_from:
+        load(model, None, args.init_from)
+        start_stage = "joint"
     for stage in STAGES[STAGES.index(start_stage):]:
         if stage != start_stage or optimizers is None:
             optimizers = make_optimizers(model, stage, schedule)
-        total = getattr(schedule, stage)
+        steps = getattr(schedule, stage)
         began, recent = time.time(), []
-        for step in range(start_step if stage == start_stage else 0, total):
+        for step in range(start_step if stage == start_stage else 0, steps):
             rng = random.Random(f"{args.seed}/{stage}/{step}")
-            rows = step_rows(corpus, stage, rng, step / total if stage == "joint" else 1.0, args.scale,
+            rows = step_rows(corpus, stage, rng, step / steps if stage == "joint" else 1.0, args.scale,
                              shape.vocab_size, schedule.max_factor, args.english)
             scale = schedule.learning_rate(stage, step)
             for optimizer, rate in zip(optimizers, (schedule.muon_lr, schedule.adam_lr), strict=True):
                 optimizer.param_groups[0]["lr"] = rate * scale
-            out = forward(model, rows, corpus.separator)
+            mine = share(rows, [cost(r) for r in rows], rank, world)
+            out = forward(model, mine, corpus.separator, naming=schedule.naming(stage, step))
             out.loss.backward()
+            sum_gradients(model.parameters())
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
             for optimizer in optimizers:
                 optimizer.step()
@@ -399,14 +456,14 @@ def main() -> None:
                 mean = {k: round(sum(r.get(k, 0) for r in recent) / max(1, sum(k in r for r in recent)), 3)
                         for k in WEIGHTS}
                 seconds = round((time.time() - began) / len(recent), 2)
-                record(args.out, {"stage": stage, "step": step + 1, "seconds_per_step": seconds, **mean})
+                record(args.out, rank, {"stage": stage, "step": step + 1, "seconds_per_step": seconds, **mean})
                 began, recent = time.time(), []
-            if (step + 1) % args.evaluate_every == 0 or step + 1 == total:
-                record(args.out, {"stage": stage, "step": step + 1,
+            if (step + 1) % args.evaluate_every == 0 or step + 1 == steps:
+                record(args.out, rank, {"stage": stage, "step": step + 1,
                                   "evaluation": evaluate(model, held_out, shape.vocab_size)})
                 began = time.time()
-            if (step + 1) % args.save_every == 0 or step + 1 == total:
-                done = step + 1 == total
+            if not rank and ((step + 1) % args.save_every == 0 or step + 1 == steps):
+                done = step + 1 == steps
                 following = STAGES[min(STAGES.index(stage) + 1, 2)]
                 where = {"stage": following, "step": 0} if done and stage != "compressor" else {
                     "stage": stage, "step": step + 1}

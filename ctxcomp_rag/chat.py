@@ -1,0 +1,167 @@
+"""SpanChat: chat messages whose content carries references to spans, answered by one shared decoder.
+
+What a framework's model class calls. Everything in a message is untrusted: text stays text, and a reference is
+resolved in the scope of the call or, as configured, kept as the text it stands for.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+from ctxcomp_rag.backbone import Backbone, load_frozen
+from ctxcomp_rag.decoding import (
+    FrozenDecoder,
+    GenerationSettings,
+    Message,
+    Part,
+    RequestScheduler,
+    Ticket,
+    enclosed,
+    render_chat,
+)
+from ctxcomp_rag.errors import InputError, SpanReferenceError
+from ctxcomp_rag.index import MemoryIndex
+from ctxcomp_rag.references import SpanReferences, find_references, has_cut_reference
+
+OnInvalid = Literal["text", "raise"]
+
+
+@dataclass(frozen=True)
+class SpanReference:
+    """A reference in the content of a message.
+
+    Attributes:
+        reference: what `SpanReferences.mint` returned.
+        text: what to show where the reference is refused or its chunk is gone; the reference itself, as text, where
+            there is nothing better.
+    """
+
+    reference: str
+    text: str | None = None
+
+
+Content = str | SpanReference
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """One message: a role and its content, text and references in any order."""
+
+    role: str
+    content: tuple[Content, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ChatPrompt:
+    """A prompt made ready: the decoder's parts, the chunks that were spliced, and the references that were refused."""
+
+    parts: tuple[Part, ...]
+    chunk_ids: tuple[str, ...]
+    rejected: Counter[str] = field(default_factory=Counter)
+
+
+class SpanChat:
+    """Chat over spans: one index, one decoder, one set of references, any number of callers.
+
+    Args:
+        backbone: the frozen decoder.
+        index: where the spans are.
+        references: made for this index; by default a registry of this process.
+        on_invalid: what happens to a reference that is refused: kept as text, or raised.
+        max_batch: requests that decode together.
+    """
+
+    def __init__(self, backbone: Backbone, index: MemoryIndex, *, references: SpanReferences | None = None,
+                 on_invalid: OnInvalid = "text", max_batch: int = 8) -> None:
+        index.spec.require_decoder(backbone.fingerprint)
+        if on_invalid not in ("text", "raise"):
+            raise InputError(f"expected on_invalid='text' or 'raise', got {on_invalid!r}")
+        self.backbone, self.index, self.on_invalid = backbone, index, on_invalid
+        self.references = references or SpanReferences(uuid.uuid4().hex)
+        self.scheduler = RequestScheduler(FrozenDecoder(backbone), max_batch=max_batch)
+
+    @classmethod
+    def open(cls, path: str | Path, *, model: str | Path | None = None, references: SpanReferences | None = None,
+             on_invalid: OnInvalid = "text", max_batch: int = 8) -> Self:
+        """Open an index for reading, with the decoder it names unless `model` says where that is."""
+        index = MemoryIndex.open(path, read_only=True)
+        backbone = load_frozen(model if model is not None else index.spec.decoder.model_id,
+                               revision=index.spec.decoder.revision or None, dtype=index.spec.decoder.dtype)
+        return cls(backbone, index, references=references, on_invalid=on_invalid, max_batch=max_batch)
+
+    def prompt(self, turns: Sequence[ChatTurn], scope: str) -> ChatPrompt:
+        """Resolve the references and lay the messages out with the model's chat template.
+
+        Raises:
+            SpanReferenceError: a reference was refused and `on_invalid` is "raise".
+        """
+        resolver = _Resolver(self, scope)
+        messages = [Message(t.role, tuple(p for c in t.content for p in resolver.read(c))) for t in turns]
+        parts = render_chat(self.backbone.tokenizer, [m for m in messages if m.content])
+        return ChatPrompt(tuple(parts), tuple(resolver.chunk_ids), resolver.rejected)
+
+    def submit(self, prompt: ChatPrompt, settings: GenerationSettings | None = None) -> Ticket:
+        """Queue a prompt for the shared decoder; see `RequestScheduler.submit`."""
+        return self.scheduler.submit(prompt.parts, settings)
+
+    def count(self, prompt: ChatPrompt) -> int:
+        """Positions that a prompt takes in the decoder's cache, slots included."""
+        return self.scheduler.decoder.splice(prompt.parts).usage.positions
+
+    def close(self) -> None:
+        """Finish what was submitted and close the index."""
+        self.scheduler.close()
+        self.index.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Resolver:
+    """Content to parts, for one prompt: a chunk is spliced once."""
+
+    def __init__(self, chat: SpanChat, scope: str) -> None:
+        self.chat, self.scope = chat, scope
+        self.chunk_ids: list[str] = []
+        self.rejected: Counter[str] = Counter()
+
+    def read(self, content: Content) -> list[Part]:
+        if isinstance(content, str):
+            return [content] if content else []
+        try:
+            chunk_id = self.chat.references.resolve(content.reference, self.scope)
+            if chunk_id in self.chunk_ids:
+                raise SpanReferenceError("duplicate", "a span was referred to twice in one prompt")
+            if self.chat.index.missing([chunk_id]):
+                raise SpanReferenceError("deleted", "the chunk behind a reference was deleted from the index")
+        except SpanReferenceError as error:
+            if self.chat.on_invalid == "raise":
+                raise
+            self.rejected[error.reason] += 1
+            return [content.reference if content.text is None else content.text]
+        self.chunk_ids.append(chunk_id)
+        return enclosed(self.chat.index.get([chunk_id])[0].span, self.chat.index.spec)
+
+
+def with_references(text: str) -> tuple[Content, ...]:
+    """Text in which references may stand (a framework's context that our parts filled), as content.
+
+    Raises:
+        SpanReferenceError: a reference was cut in two, by a text splitter say.
+    """
+    pieces = find_references(text)
+    if any(has_cut_reference(piece) for piece in pieces[::2]):
+        raise SpanReferenceError("cut", "a reference to a span was cut; do not split text that holds references "
+                                 "(chunk_size below the length of one reference)")
+    return tuple(SpanReference(p) if i % 2 else p for i, p in enumerate(pieces) if p)
+
+
+__all__ = ["ChatPrompt", "ChatTurn", "SpanChat", "SpanReference", "with_references"]
