@@ -74,6 +74,8 @@ def precompress(
     model: Model = "embedded",
     chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk (default: the compressor's).")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,
+    codec: Annotated[str | None, typer.Option(help="How a new index stores spans: exact, int8, fp8 or int4 (default: "
+                                              "exact; ctxcomp codecs measures them).")] = None,
     text_column: Annotated[str, typer.Option(help="Column or field of the text in jsonl, csv, parquet.")] = "text",
     id_column: Annotated[str | None, typer.Option(help="Column of the document id (default: file#row).")] = None,
     metadata_column: Annotated[list[str] | None, typer.Option(help="Column kept as metadata; may be repeated.")] = None,
@@ -95,7 +97,7 @@ def precompress(
         from ctxcomp_rag.pipeline import CompressedRAG
 
         _quiet()
-        with CompressedRAG.create(out, model=model, compressor=compressor) as rag, \
+        with CompressedRAG.create(out, model=model, compressor=compressor, codec=codec) as rag, \
                 tqdm(total=len(documents), unit="doc", desc="precompress", file=sys.stderr, disable=None) as bar:
             tokens = 0
 
@@ -190,6 +192,33 @@ def ask(
         _err.print(f"  {source['score']:.3f}  {place}")
     _err.print(f"  {usage['text_tokens']} text tokens + {usage['slots']} slots (for {usage['source_tokens']} source "
                f"tokens), {usage['completion_tokens']} tokens generated, {seconds:.2f} s")
+
+
+@app.command()
+def codecs(
+    index: IndexDir,
+    sample: Annotated[int, typer.Option(min=1, help="Chunks to measure on.")] = 32,
+    max_kl: Annotated[float, typer.Option(help="Loss to accept, in nats per token of the answers.")] = 0.01,
+    model: Annotated[str | None, typer.Option(help="Where the decoder is (default: the one the index names).")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure on an index what storing its spans in fewer bytes costs, and name the smallest codec that will do."""
+    from ctxcomp_rag.evaluation.codecs import measure_codecs, smallest_within
+    from ctxcomp_rag.pipeline import CompressedRAG
+
+    _quiet()
+    with CompressedRAG.open(index, model=model) as rag:
+        costs = measure_codecs(rag.memory, rag.backbone, sample=sample, seed=seed)
+    best = smallest_within(costs, max_kl)
+    if as_json:
+        _print_json({"codecs": [c.__dict__ for c in costs], "recommended": best.codec})
+        return
+    _out.print(f"{'codec':8} {'bytes/token':>12} {'rel. error':>11} {'KL, nats':>10} {'answers changed':>16}")
+    for c in costs:
+        size = f"{c.bytes_per_source_token:12.1f}"
+        _out.print(f"{c.codec:8} {size} {c.relative_error:11.1e} {c.kl:10.1e} {c.changed:16.0%}")
+    _out.print(f"recommended within {max_kl:g} nats: --codec {best.codec}")
 
 
 @app.command()

@@ -85,13 +85,14 @@ class CompressedRAG:
 
     @classmethod
     def create(cls, path: str | Path, *, model: str | Path = EMBEDDED_MODEL, compressor: str | Path = "icae",
-               encoder: RetrievalEncoder | str | None = None) -> Self:
+               encoder: RetrievalEncoder | str | None = None, codec: str | None = None) -> Self:
         """Start a new index, or go on with one that the same decoder and compressor made.
 
         Args:
             model: see `load_frozen`.
             compressor: name of a method ("icae": the trained compressor of the embedded model; "infinipot": needs no
                 training, any full-attention RoPE decoder), or the folder of a saved compressor.
+            codec: how a new index stores spans ("exact" by default; see `ctxcomp_rag.index.codecs`).
         """
         index = MemoryIndex.open(path) if Path(path).is_dir() and any(Path(path).iterdir()) else None
         # an index fixes the dtype: spans of float32 and of bfloat16 weights are not the same
@@ -100,9 +101,13 @@ class CompressedRAG:
         retriever = load_retrieval_encoder(encoder or DEFAULT_ENCODER)
         if index:
             index.spec.require_compressor(maker.spec)
+            if codec not in (None, index.codec):
+                raise InputError(f"the index in {str(path)!r} stores spans with codec {index.codec!r}, got {codec!r}; "
+                                 "leave the codec out, or make another index")
         else:
             size = embed_texts(retriever, ["size"]).shape[1]
-            index = MemoryIndex.create(path, maker.spec, vector_size=size, retrieval_encoder=encoder_name(retriever))
+            index = MemoryIndex.create(path, maker.spec, vector_size=size, retrieval_encoder=encoder_name(retriever),
+                                       codec=codec or "exact")
         return cls(backbone, index, retriever, maker)
 
     @classmethod

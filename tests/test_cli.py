@@ -75,6 +75,22 @@ def test_inspect_says_what_the_index_holds(index: Path) -> None:
     assert "compressor" in ctxcomp("inspect", index).stdout
 
 
+def test_codecs_measures_each_and_recommends_the_smallest_within_the_loss(index: Path) -> None:
+    result = as_json(ctxcomp("codecs", index, "--sample", "4", "--max-kl", "1000", "--json"))
+    costs = {c["codec"]: c for c in result["codecs"]}
+    assert (costs["exact"]["kl"], costs["exact"]["relative_error"], costs["exact"]["changed"]) == (0, 0, 0)
+    assert 0 < costs["int8"]["relative_error"] < costs["fp8"]["relative_error"] < costs["int4"]["relative_error"] < 0.02
+    assert result["recommended"] == min(costs, key=lambda name: costs[name]["bytes_per_source_token"])
+    strict = ctxcomp("codecs", index, "--sample", "4", "--max-kl", "0")
+    assert "recommended within 0 nats: --codec exact" in strict.stdout
+
+
+def test_an_index_goes_on_with_its_own_codec_only(folder: Path, index: Path) -> None:
+    done = ctxcomp("precompress", folder, "--out", index, "--codec", "int8")
+    assert done.returncode == 2
+    assert "stores spans with codec 'exact', got 'int8'" in done.stderr
+
+
 def test_verify_exits_with_3_on_damage_and_names_the_chunk(index: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -168,7 +184,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert "run the same command again to go on" in said
 
 
-@pytest.mark.parametrize("command", ["", "precompress", "ask", "inspect", "verify", "demo"])
+@pytest.mark.parametrize("command", ["", "precompress", "ask", "inspect", "verify", "codecs", "demo"])
 def test_help_comes_without_loading_a_model(command: str) -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "ctxcomp_rag.cli", *command.split(), "--help"],
                           capture_output=True, text=True, check=False)

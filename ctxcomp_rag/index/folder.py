@@ -20,6 +20,7 @@ from pathlib import Path
 import safetensors.torch
 
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, IndexFolderError, IndexLockedError
+from ctxcomp_rag.index.codecs import codec_named
 from ctxcomp_rag.spans import SpanSpec
 
 FORMAT = "ctxcomp-rag index"
@@ -76,6 +77,7 @@ class Manifest:
     spec: SpanSpec
     vector_size: int
     retrieval_encoder: str
+    codec: str = "exact"
 
     def write(self, folder: Path) -> None:
         if self.spec.delimiters:
@@ -88,6 +90,7 @@ class Manifest:
             "fingerprint": self.spec.fingerprint,
             "vector_size": self.vector_size,
             "retrieval_encoder": self.retrieval_encoder,
+            "codec": self.codec,
         }
         write_file(folder / MANIFEST, json.dumps(data, indent=2).encode() + b"\n")
 
@@ -126,7 +129,8 @@ class Manifest:
             stated = data["spec"]["delimiters"]
             delimiters = safetensors.torch.load((folder / DELIMITERS).read_bytes()) if stated else {}
             spec = SpanSpec.from_dict(data["spec"], delimiters)
-            manifest = cls(spec, int(data["vector_size"]), str(data["retrieval_encoder"]))
+            manifest = cls(spec, int(data["vector_size"]), str(data["retrieval_encoder"]),
+                           codec_named(data.get("codec", "exact")).name)
         except IndexFolderError:
             raise
         except (CtxcompError, OSError, ValueError, KeyError, TypeError, AttributeError,

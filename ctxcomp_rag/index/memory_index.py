@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, IndexFolderError, InputError
+from ctxcomp_rag.index.codecs import codec_named
 from ctxcomp_rag.index.folder import (
     DELIMITERS,
     TABLE,
@@ -66,13 +67,14 @@ class MemoryIndex:
         spec: what the spans are and which decoder reads them.
         vector_size: numbers per vector.
         retrieval_encoder: name of what made the vectors.
+        codec: how spans are stored; see `ctxcomp_rag.index.codecs`.
     """
 
     def __init__(self, path: Path, manifest: Manifest, table: SpanTable, vectors: VectorIndex, saved: int,
                  read_only: bool) -> None:
         self.path, self.read_only = path, read_only
         self.spec, self.vector_size = manifest.spec, manifest.vector_size
-        self.retrieval_encoder = manifest.retrieval_encoder
+        self.retrieval_encoder, self.codec = manifest.retrieval_encoder, manifest.codec
         self._table, self._vectors = table, vectors
         self._saved_version, self._unsaved_rows, self._commits = saved, 0, 0
         self._writer = WriterLock(path)
@@ -83,13 +85,19 @@ class MemoryIndex:
     # ---- opening and closing
 
     @classmethod
-    def create(cls, path: str | Path, spec: SpanSpec, *, vector_size: int, retrieval_encoder: str) -> Self:
+    def create(cls, path: str | Path, spec: SpanSpec, *, vector_size: int, retrieval_encoder: str,
+               codec: str = "exact") -> Self:
         """Make an empty index in a new or empty folder.
 
+        Args:
+            codec: "exact", or one of the codecs that store spans in fewer bytes at a stated error.
+
         Raises:
+            InputError: there is no such codec, or vector_size is below 1.
             IndexFolderError: something is there already, or the folder cannot be written.
         """
         path = Path(path).absolute()
+        codec_named(codec)
         if vector_size < 1:
             raise InputError(f"expected vector_size of at least 1, got {vector_size}")
         if path.exists() and not path.is_dir():
@@ -100,7 +108,7 @@ class MemoryIndex:
                 f"expected a new or empty folder at {path}, but {what}. Open it with MemoryIndex.open(path), "
                 f"delete it, or choose another path."
             )
-        manifest = Manifest(spec, vector_size, retrieval_encoder)
+        manifest = Manifest(spec, vector_size, retrieval_encoder, codec)
         try:
             path.mkdir(parents=True, exist_ok=True)
             SpanTable.create(path / TABLE, vector_size)
@@ -190,7 +198,7 @@ class MemoryIndex:
             self._begin_writing()
             fresh = [i for chunk_id, i in rows.items() if chunk_id not in self._table.rows]
             if fresh:
-                made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32)) for i in fresh]
+                made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32), self.codec) for i in fresh]
                 what = f"none of the {len(made)} chunks of this batch was committed to {self.path}"
                 size = sum(len(row.span) + row.vector.nbytes + len(row.chunk.text) for row in made)
                 table = self._on_disk(lambda: self._table.append(made, self.vector_size), what, size)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError, InputError
+from ctxcomp_rag.index.codecs import CODECS, Role, codec_named
 from ctxcomp_rag.spans import KVSpan, MemorySpan, SoftSpan
 
 if TYPE_CHECKING:
@@ -29,20 +30,30 @@ CHUNK_COLUMNS = ["chunk_id", "document_id", "start", "end", "num_tokens", "text"
 # ---- a span as bytes -------------------------------------------------------------------------------------------
 
 
-def span_to_bytes(span: MemorySpan) -> bytes:
-    """A safetensors file: the tensors bit for bit, the rest as JSON in its header. Inverse: `span_from_bytes`."""
-    tensors: dict[str, Tensor] = {"positions": span.positions}
+def span_to_bytes(span: MemorySpan, codec: str = "exact") -> bytes:
+    """A safetensors file: the tensors as the codec leaves them, the rest as JSON in its header.
+
+    Inverse: `span_from_bytes`; bit for bit with the codec "exact".
+    """
+    latent: dict[Role, Tensor]
     if isinstance(span, SoftSpan):
-        tensors["embeds"] = span.embeds
+        latent = {"embeds": span.embeds}
     elif isinstance(span, KVSpan):
-        tensors |= {"keys": span.keys, "values": span.values}
+        latent = {"keys": span.keys, "values": span.values}
     else:
         raise InputError(f"expected a SoftSpan or a KVSpan, got {type(span).__name__}")
+    chosen = codec_named(codec)
+    tensors = {"positions": span.positions.cpu().clone()}
+    for role, tensor in latent.items():
+        if codec != "exact" and not bool(tensor.isfinite().all()):
+            raise InputError(f"expected finite {role} in the span {span.chunk_id!r} for codec {codec!r}, "
+                             "got nan or inf")
+        pieces = chosen.encode(tensor.cpu(), role)
+        tensors |= {f"{role}.{name}" if name else role: piece.contiguous() for name, piece in pieces.items()}
     about = {"kind": span.kind, "chunk_id": span.chunk_id, "num_source_tokens": span.num_source_tokens,
-             "num_positions": span.num_positions}
-    # safetensors refuses views that share storage, such as kv[0] and kv[1]
-    owned = {name: t.cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    return safetensors.torch.save(owned, metadata={"span": json.dumps(about)})
+             "num_positions": span.num_positions, "codec": codec,
+             "latent": {role: [list(t.shape), str(t.dtype).removeprefix("torch.")] for role, t in latent.items()}}
+    return safetensors.torch.save(tensors, metadata={"span": json.dumps(about)})
 
 
 def span_from_bytes(data: bytes) -> MemorySpan:
@@ -54,12 +65,19 @@ def span_from_bytes(data: bytes) -> MemorySpan:
         tensors = safetensors.torch.load(data)
         (length,) = struct.unpack_from("<Q", data)
         about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["span"])
+        latent = {role: _decoded(tensors, about, role) for role in about.get("latent", {})} or tensors
         common = (about["chunk_id"], about["num_source_tokens"], tensors["positions"], about["num_positions"])
         if about["kind"] == "kv":
-            return KVSpan(*common, tensors["keys"], tensors["values"])
-        return SoftSpan(*common, tensors["embeds"])
+            return KVSpan(*common, latent["keys"], latent["values"])
+        return SoftSpan(*common, latent["embeds"])
     except (safetensors.SafetensorError, struct.error, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"not a memory span: {error}") from error
+
+
+def _decoded(tensors: Mapping[str, Tensor], about: Mapping[str, Any], role: Role) -> Tensor:
+    shape, dtype = about["latent"][role]
+    pieces = {name[len(role) :].removeprefix("."): t for name, t in tensors.items() if name.split(".")[0] == role}
+    return CODECS[about["codec"]].decode(pieces, role, tuple(shape), getattr(torch, dtype))
 
 
 # ---- a row -----------------------------------------------------------------------------------------------------
@@ -88,9 +106,9 @@ class Row:
     num_source_tokens: int
 
     @classmethod
-    def make(cls, chunk: Chunk, span: MemorySpan, vector: NDArray[np.float32]) -> Row:
+    def make(cls, chunk: Chunk, span: MemorySpan, vector: NDArray[np.float32], codec: str = "exact") -> Row:
         metadata = metadata_to_json(chunk.metadata, chunk.id)
-        return cls(chunk, metadata, vector, span_to_bytes(span), span.num_slots, span.num_source_tokens)
+        return cls(chunk, metadata, vector, span_to_bytes(span, codec), span.num_slots, span.num_source_tokens)
 
     @property
     def checksum(self) -> int:
