@@ -16,6 +16,7 @@ from ctxcomp_rag.decoding import (
     GenerationSettings,
     Message,
     Part,
+    PrerolledSpans,
     PromptUsage,
     Text,
     TokenIds,
@@ -68,13 +69,15 @@ class CompressedRAG:
         index: an open index whose spans were made for this decoder.
         encoder: anything with `.encode(list[str])`, the same one that made the index's vectors.
         compressor: needed to index; reading does without.
+        prerolled_bytes: main memory for the most used spans as keys and values that skip the decoder's layers at query
+            time (see `ctxcomp_rag.decoding.preroll`); 0 splices every span as it is stored.
 
     Raises:
         IncompatibleSpanError: the index holds spans for another decoder.
     """
 
     def __init__(self, backbone: Backbone, index: MemoryIndex, encoder: RetrievalEncoder,
-                 compressor: Compressor | None = None) -> None:
+                 compressor: Compressor | None = None, *, prerolled_bytes: int = 0) -> None:
         index.spec.require_decoder(backbone.fingerprint)
         name = encoder_name(encoder)
         if index.retrieval_encoder != name:
@@ -82,6 +85,7 @@ class CompressedRAG:
                              f"{index.retrieval_encoder!r}, got {name!r}; pass the one the index was made with")
         self.backbone, self.memory, self.encoder, self.compressor = backbone, index, encoder, compressor
         self.decoder = FrozenDecoder(backbone)
+        self.prerolled = PrerolledSpans(backbone, index.spec, prerolled_bytes) if prerolled_bytes else None
 
     @classmethod
     def create(cls, path: str | Path, *, model: str | Path = EMBEDDED_MODEL, compressor: str | Path = "icae",
@@ -112,12 +116,13 @@ class CompressedRAG:
 
     @classmethod
     def open(cls, path: str | Path, *, model: str | Path | None = None,
-             encoder: RetrievalEncoder | str | None = None) -> Self:
+             encoder: RetrievalEncoder | str | None = None, prerolled_bytes: int = 0) -> Self:
         """Open an index for reading; the decoder is the one the index names unless `model` says where it is."""
         index = MemoryIndex.open(path, read_only=True)
         backbone = load_frozen(model if model is not None else index.spec.decoder.model_id,
                                revision=index.spec.decoder.revision or None, dtype=index.spec.decoder.dtype)
-        return cls(backbone, index, load_retrieval_encoder(encoder or index.retrieval_encoder))
+        return cls(backbone, index, load_retrieval_encoder(encoder or index.retrieval_encoder),
+                   prerolled_bytes=prerolled_bytes)
 
     # -- offline -----------------------------------------------------------------------------------------------------
 
@@ -226,7 +231,8 @@ class CompressedRAG:
         contents: list[list[Part]] = []
         for source in sources:
             if mode == "spans":
-                contents.append(enclosed(source.span, self.memory.spec))
+                contents.append([self.prerolled.get(source.span)] if self.prerolled
+                                else enclosed(source.span, self.memory.spec))
             elif mode == "text":
                 contents.append([source.chunk.text])
             elif mode == "truncated":

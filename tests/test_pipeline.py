@@ -56,6 +56,16 @@ def test_streamed_pieces_joined_are_the_answer(rag: CompressedRAG) -> None:
     assert "".join(rag.stream(question, settings=SHORT)) == rag.answer(question, settings=SHORT).text
 
 
+def test_prerolled_spans_are_rolled_once_and_take_the_same_positions(rag: CompressedRAG) -> None:
+    question = CORPUS[1].questions[0].question
+    rolled = CompressedRAG(rag.backbone, rag.memory, rag.encoder, prerolled_bytes=2**24)
+    answers = [rolled.answer(question, settings=SHORT) for _ in range(2)]
+    assert answers[0].text == answers[1].text
+    assert answers[0].usage.positions == rag.answer(question, settings=SHORT).usage.positions
+    assert rolled.prerolled is not None
+    assert (rolled.prerolled.hits, rolled.prerolled.misses) == (3, 3)
+
+
 def test_a_filter_limits_what_is_retrieved(rag: CompressedRAG) -> None:
     kind = CORPUS[3].kind
     found = rag.retrieve("anything", top_k=12, where={"kind": kind})

@@ -53,9 +53,13 @@ class Schedule:
             scale *= 1 - 0.97 * (share - self.decay_from) / (1 - self.decay_from)
         return scale
 
+    def progress(self, stage: str, step: int) -> float:
+        """How far the factor curriculum is: it runs over the first stage with slots (a control has no joint stage)."""
+        return step / getattr(self, stage) if stage == ("joint" if self.joint else "compressor") else 1.0
+
     def naming(self, stage: str, step: int) -> float:
-        """Weight of the naming loss: 1 at the start of the joint stage, nothing from 40 % on."""
-        return max(0.0, 1 - step / (0.4 * self.joint)) if stage == "joint" else 0.0
+        """Weight of the naming loss: 1 when slots begin, nothing from 40 % of the curriculum on."""
+        return max(0.0, 1 - self.progress(stage, step) / 0.4) if stage != "text" else 0.0
 
 
 def train_tokenizer(data: Path, vocab_size: int) -> Tokenizer:
@@ -313,7 +317,7 @@ def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, s
         rows += singles({"fictional": 3, "squad": 3, "wiki": 1}, False)
         if progress < 0.33:
             rows += [corpus.random_row(rng, rng.uniform(1, 2), ae) for _ in count(2)]
-    if progress > 0.1 or stage == "compressor":
+    if progress > 0.1:
         rows += [several("fictional", rng.choice((0.0, 0.3, 1.0))) for _ in count(4)]
         rows += [several("squad", rng.choice((0.0, 0.3, 1.0))) for _ in count(1) if rng.random() < english]
     return rows
@@ -438,7 +442,7 @@ def main() -> None:
         began, recent = time.time(), []
         for step in range(start_step if stage == start_stage else 0, steps):
             rng = random.Random(f"{args.seed}/{stage}/{step}")
-            rows = step_rows(corpus, stage, rng, step / steps if stage == "joint" else 1.0, args.scale,
+            rows = step_rows(corpus, stage, rng, schedule.progress(stage, step), args.scale,
                              shape.vocab_size, schedule.max_factor, args.english)
             scale = schedule.learning_rate(stage, step)
             for optimizer, rate in zip(optimizers, (schedule.muon_lr, schedule.adam_lr), strict=True):

@@ -1,0 +1,87 @@
+"""Pre-rolled spans: soft spans run through the decoder once and kept as keys and values.
+
+A soft span saves positions, but its slots still go through every layer at each question. Rolled in advance, a span
+costs the decoder nothing at query time, at any compression factor, and its keys are rotated to wherever it stands. Its
+slots see each other and not what stands before them (as chunks in TurboRAG, arXiv 2410.07590): the price, to be
+measured, of being independent of the prompt.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from cachetools import LFUCache
+
+from ctxcomp_rag.backbone import Backbone
+from ctxcomp_rag.decoding.batching import prefill
+from ctxcomp_rag.decoding.prompt import enclosed
+from ctxcomp_rag.decoding.splice import EmbeddedRun, splice
+from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.rope import require_full_attention
+from ctxcomp_rag.spans import KVSpan, MemorySpan, SpanSpec
+
+
+@torch.inference_mode()
+def preroll(span: MemorySpan, spec: SpanSpec, backbone: Backbone) -> KVSpan:
+    """The span with its delimiters as one KV span; to be spliced as it is, without delimiters of its own.
+
+    A KV span without delimiters comes back unchanged.
+
+    Raises:
+        UnsupportedModelError: the decoder has layers that do not keep all keys.
+    """
+    require_full_attention(backbone.config)
+    parts = enclosed(span, spec)
+    if isinstance(span, KVSpan) and len(parts) == 1:
+        return span
+    prompt = splice(parts, backbone)
+    run, *rest = prompt.runs
+    if rest or not isinstance(run, EmbeddedRun):
+        raise InputError("expected a soft span, got a KV span with delimiters; it needs no pre-rolling")
+    layers = prefill([prompt], backbone).cache.layers
+    keys = torch.stack([layer.keys[0] for layer in layers])  # type: ignore[union-attr, index]
+    values = torch.stack([layer.values[0] for layer in layers])  # type: ignore[union-attr, index]
+    return KVSpan(span.chunk_id, span.num_source_tokens, run.positions.cpu(), prompt.next_position, keys, values)
+
+
+class PrerolledSpans:
+    """Pre-rolled spans in main memory: the most used ones, within a number of bytes. Thread-safe.
+
+    Least frequently used goes first, so one pass over many rare spans does not wash the hot ones out.
+
+    Attributes:
+        hits, misses: lookups since the start.
+    """
+
+    def __init__(self, backbone: Backbone, spec: SpanSpec, max_bytes: int) -> None:
+        if max_bytes < 1:
+            raise InputError(f"expected at least 1 byte for pre-rolled spans, got {max_bytes}")
+        require_full_attention(backbone.config)
+        self.backbone, self.spec = backbone, spec
+        self.hits = self.misses = 0
+        self._kept: LFUCache[tuple[str, int], KVSpan] = LFUCache(max_bytes, getsizeof=lambda span: span.nbytes)
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the spans that are kept."""
+        return int(self._kept.currsize)
+
+    def get(self, span: MemorySpan) -> KVSpan:
+        """The span pre-rolled, from memory or made now."""
+        key = (span.chunk_id, span.num_slots)  # a chunk's id names its text; another factor has other slots
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self.hits += 1
+                return found
+            self.misses += 1
+        made = preroll(span, self.spec, self.backbone)
+        with self._lock:
+            if made.nbytes <= self._kept.maxsize:
+                self._kept[key] = made
+        return made
+
+
+__all__ = ["PrerolledSpans", "preroll"]
