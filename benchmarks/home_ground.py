@@ -14,6 +14,7 @@ from common import print_table, write_result
 from ctxcomp_rag.backbone import load_frozen
 from ctxcomp_rag.compressors import load_compressor
 from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground
+from ctxcomp_rag.evaluation.systems import PREROLLED, default_systems
 from ctxcomp_rag.pipeline import load_trained_compressor
 from ctxcomp_rag.retrieval import load_retrieval_encoder
 
@@ -30,7 +31,8 @@ def main() -> None:
         compressor = load_compressor(Path(args.model) / "icae", backbone)
     else:
         compressor = load_trained_compressor("icae", load_frozen())
-    report = evaluate_home_ground(compressor, load_retrieval_encoder(), documents=args.documents, seed=args.seed)
+    report = evaluate_home_ground(compressor, load_retrieval_encoder(), documents=args.documents, seed=args.seed,
+                                  systems=[*default_systems(), PREROLLED])
     result = asdict(report)
     rows = [{"system": name, "em": report.exact_match[name], "em_retrieved": report.exact_match_retrieved.get(name),
              "false_answers": report.false_answers.get(name)} for name in report.exact_match]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors import Compressor
-from ctxcomp_rag.decoding import FrozenDecoder, Generation, GenerationSettings, Part, enclosed
+from ctxcomp_rag.decoding import FrozenDecoder, Generation, GenerationSettings, Part, enclosed, preroll
 from ctxcomp_rag.pipeline import prompt_parts, truncated_part
 from ctxcomp_rag.spans import MemorySpan
 
@@ -28,7 +28,7 @@ class System:
     """One row of the table; `factor` is the spans' or, for "truncated", the factor whose positions are copied."""
 
     name: str
-    kind: str  # "text", "spans", "truncated" or "none"
+    kind: str  # "text", "spans", "prerolled" (spans kept as keys and values), "truncated" or "none"
     factor: float = 1.0
 
 
@@ -36,6 +36,10 @@ def default_systems(factors: Sequence[float] = (4, 8, 16)) -> list[System]:
     """Full text, spans at each factor, text truncated to the positions of 4x, no context."""
     spans = [System(f"{f:g}x", "spans", f) for f in factors]
     return [System("full_text", "text"), *spans, System("truncated_4x", "truncated", 4.0), System("no_context", "none")]
+
+
+PREROLLED = System("4x_prerolled", "prerolled", 4.0)
+"""Not among the default systems: benchmarks add it, to see what a span that cannot see its prompt loses."""
 
 
 class Comparison:
@@ -63,6 +67,9 @@ class Comparison:
             contents = [[c.text] for c in chunks]
         elif system.kind == "spans":
             contents = [enclosed(s, self.compressor.spec) for s in self.spans(chunks, system.factor)]
+        elif system.kind == "prerolled":
+            spec, backbone = self.compressor.spec, self.decoder.backbone
+            contents = [[preroll(s, spec, backbone)] for s in self.spans(chunks, system.factor)]
         elif system.kind == "truncated":
             slots = [s.num_slots for s in self.spans(chunks, system.factor)]
             contents = [[truncated_part(self.decoder.backbone, c, n)] for c, n in zip(chunks, slots, strict=True)]
@@ -71,7 +78,7 @@ class Comparison:
     def ask(self, system: System, questions: Sequence[Question],
             progress: Callable[[int], None] | None = None) -> list[Generation]:
         """Answers of one system, in the questions' order."""
-        if system.kind in ("spans", "truncated"):
+        if system.kind not in ("text", "none"):
             self.spans([c for q in questions for c in q.chunks], system.factor)
         order = sorted(range(len(questions)), key=lambda i: sum(c.num_tokens for c in questions[i].chunks))
         answers: dict[int, Generation] = {}

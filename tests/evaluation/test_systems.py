@@ -9,7 +9,7 @@ from ctxcomp_rag.chunking import Chunk, Document, split_document
 from ctxcomp_rag.compressors.icae import ICAECompressor, ICAEConfig
 from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings
 from ctxcomp_rag.evaluation.home_ground import chunk_with
-from ctxcomp_rag.evaluation.systems import Comparison, Question, default_systems
+from ctxcomp_rag.evaluation.systems import PREROLLED, Comparison, Question, default_systems
 from ctxcomp_rag.evaluation.timing import cache_bytes, time_to_first_token
 from tests.tiny_models import tiny_backbone
 
@@ -33,7 +33,7 @@ QUESTIONS = [Question("how?", ("so",), (chunk("the ship is in the harbour"), chu
 
 
 def test_every_system_takes_the_positions_that_its_name_says(comparison: Comparison) -> None:
-    usage = {s.name: [g.usage for g in comparison.ask(s, QUESTIONS)] for s in default_systems()}
+    usage = {s.name: [g.usage for g in comparison.ask(s, QUESTIONS)] for s in [*default_systems(), PREROLLED]}
     base = [u.positions for u in usage["no_context"]]
     source = [sum(c.num_tokens for c in q.chunks) for q in QUESTIONS]
     separators = [2, 0]  # "\n\n" between two chunks
@@ -43,10 +43,11 @@ def test_every_system_takes_the_positions_that_its_name_says(comparison: Compari
         slots = [sum(-(-c.num_tokens // factor) for c in q.chunks) for q in QUESTIONS]
         assert [u.slots for u in usage[f"{factor}x"]] == slots
     assert [u.positions for u in usage["truncated_4x"]] == [u.positions for u in usage["4x"]]
+    assert [u.positions for u in usage["4x_prerolled"]] == [u.positions for u in usage["4x"]]
 
 
 def test_answers_come_in_the_questions_order_and_equal_single_ones(comparison: Comparison) -> None:
-    for system in default_systems():
+    for system in [*default_systems(), PREROLLED]:
         together = comparison.ask(system, QUESTIONS)
         assert together == [comparison.ask(system, [q])[0] for q in QUESTIONS]
 
