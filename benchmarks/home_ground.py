@@ -9,11 +9,12 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from common import print_table, write_result
+from common import print_table
 
 from ctxcomp_rag.backbone import load_frozen
 from ctxcomp_rag.compressors import load_compressor
 from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground
+from ctxcomp_rag.evaluation.provenance import write_result
 from ctxcomp_rag.evaluation.systems import PREROLLED, default_systems
 from ctxcomp_rag.pipeline import load_trained_compressor
 from ctxcomp_rag.retrieval import load_retrieval_encoder
@@ -38,6 +39,7 @@ def main() -> None:
              "false_answers": report.false_answers.get(name)} for name in report.exact_match]
     print_table(rows)
     print(f"reconstruction BLEU at 4x: {report.reconstruction_bleu}")
+    print(f"written to {args.out}")
     write_result(args.out, {"seed": args.seed, **result, "rows": rows})
 
 

@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import print_table, write_result
+from common import print_table
 from tqdm import tqdm
 
 from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.evaluation.metrics import exact_match, mean, token_f1
+from ctxcomp_rag.evaluation.provenance import write_result
 from ctxcomp_rag.evaluation.systems import PREROLLED, Comparison, Question, System, default_systems
 from ctxcomp_rag.evaluation.timing import time_to_first_token
 from ctxcomp_rag.pipeline import CompressedRAG
@@ -88,6 +89,7 @@ def main() -> None:
         recall = mean([float(any(a.lower() in c.text.lower() for c in q.chunks for a in q.answers))
                        for q in settings["retrieved"]])
     print_table(rows)
+    print(f"written to {args.out}")
     write_result(args.out, {
         "seed": args.seed, "top_k": args.top_k, "retrieval_recall": round(100 * recall, 1), "rows": rows,
         "index": {"documents": report.documents, "seconds": round(seconds, 1),

@@ -5,47 +5,28 @@ Exit codes: 0 done; 1 an error of our own; 2 an error that the message explains;
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import time
-import unicodedata
 import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from ctxcomp_rag import cli_measure
+from ctxcomp_rag.cli_output import IndexDir, Json, Model, print_json, printable, quiet, to_err, to_out
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError
 
 app = typer.Typer(name="ctxcomp", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Compress documents once into memory spans; answer questions from the spliced spans.")
-_PLAIN: dict[str, bool] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
-
-
-class _Safe(Console):
-    """Prints text as it is; control characters in documents, answers or names never reach the terminal."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        super().print(*(_printable(o) if isinstance(o, str) else o for o in objects), **options)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
-
-
-_err = _Safe(stderr=True, **_PLAIN)  # type: ignore[arg-type]
-_out = _Safe(**_PLAIN)  # type: ignore[arg-type]
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-IndexDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the index.")]
-Model = Annotated[str, typer.Option(help="Decoder: 'embedded', a folder, or a Hugging Face hub id.")]
+app.command(name="eval")(cli_measure.evaluate)
+app.command()(cli_measure.codecs)
 
 
 class OnError(StrEnum):
@@ -96,7 +77,7 @@ def precompress(
     else:
         from ctxcomp_rag.pipeline import CompressedRAG
 
-        _quiet()
+        quiet()
         with CompressedRAG.create(out, model=model, compressor=compressor, codec=codec) as rag, \
                 tqdm(total=len(documents), unit="doc", desc="precompress", file=sys.stderr, disable=None) as bar:
             tokens = 0
@@ -113,18 +94,19 @@ def precompress(
             failures |= report.failures
             result = {**report.__dict__, "failures": failures, "out": str(out), "bytes": rag.memory.stats()["bytes"]}
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     for name in result.get("replaced", ()):
-        _err.print(f"replaced {name}: its text has changed")
+        to_err.print(f"replaced {name}: its text has changed")
     for name, reason in failures.items():
-        _err.print(f"skipped {name}: {reason}")
+        to_err.print(f"skipped {name}: {reason}")
     verb = "would compress" if dry_run else "compressed"
-    _out.print(f"{verb} {result['documents']} documents, {result['chunks']} chunks: {result['source_tokens']:,} tokens "
-               f"-> {result['slots']:,} slots, {result['bytes']:,} bytes" + ("" if dry_run else f" in {out}"))
+    to_out.print(f"{verb} {result['documents']} documents, {result['chunks']} chunks: "
+                 f"{result['source_tokens']:,} tokens -> {result['slots']:,} slots, "
+                 f"{result['bytes']:,} bytes" + ("" if dry_run else f" in {out}"))
     if not dry_run:
-        _out.print(f"{result['added']} chunks added, {result['skipped']} were there already, "
-                   f"{result['removed']} outdated ones removed, {len(failures)} failures, {result['seconds']:.1f} s")
+        to_out.print(f"{result['added']} chunks added, {result['skipped']} were there already, "
+                     f"{result['removed']} outdated ones removed, {len(failures)} failures, {result['seconds']:.1f} s")
 
 
 def _estimate(documents: list[Any], model: str, compressor: str, factor: float | None, chunk_tokens: int | None,
@@ -133,7 +115,7 @@ def _estimate(documents: list[Any], model: str, compressor: str, factor: float |
     from ctxcomp_rag.chunking import split_document
     from ctxcomp_rag.pipeline import chunk_limit, load_trained_compressor
 
-    _quiet()
+    quiet()
     backbone = load_frozen(model)
     maker = load_trained_compressor(compressor, backbone)
     limit = chunk_limit(maker, chunk_tokens)
@@ -171,7 +153,7 @@ def ask(
     from ctxcomp_rag.evaluation.timing import cache_bytes
     from ctxcomp_rag.pipeline import CompressedRAG
 
-    _quiet()
+    quiet()
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     with CompressedRAG.open(index, model=model) as rag:
         began = time.perf_counter()
@@ -184,41 +166,14 @@ def ask(
                 "score": round(s.score, 6), "text": s.chunk.text, "metadata": dict(s.chunk.metadata)}
                for s in answer.sources]
     if as_json:
-        _print_json({"answer": answer.text, "sources": sources, "usage": usage, "finish_reason": answer.finish_reason})
+        print_json({"answer": answer.text, "sources": sources, "usage": usage, "finish_reason": answer.finish_reason})
         return
-    _out.print(answer.text)
+    to_out.print(answer.text)
     for source in sources:
         place = f"{source['document_id']} [{source['start']}:{source['end']}]"
-        _err.print(f"  {source['score']:.3f}  {place}")
-    _err.print(f"  {usage['text_tokens']} text tokens + {usage['slots']} slots (for {usage['source_tokens']} source "
-               f"tokens), {usage['completion_tokens']} tokens generated, {seconds:.2f} s")
-
-
-@app.command()
-def codecs(
-    index: IndexDir,
-    sample: Annotated[int, typer.Option(min=1, help="Chunks to measure on.")] = 32,
-    max_kl: Annotated[float, typer.Option(help="Loss to accept, in nats per token of the answers.")] = 0.01,
-    model: Annotated[str | None, typer.Option(help="Where the decoder is (default: the one the index names).")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Measure on an index what storing its spans in fewer bytes costs, and name the smallest codec that will do."""
-    from ctxcomp_rag.evaluation.codecs import measure_codecs, smallest_within
-    from ctxcomp_rag.pipeline import CompressedRAG
-
-    _quiet()
-    with CompressedRAG.open(index, model=model) as rag:
-        costs = measure_codecs(rag.memory, rag.backbone, sample=sample, seed=seed)
-    best = smallest_within(costs, max_kl)
-    if as_json:
-        _print_json({"codecs": [c.__dict__ for c in costs], "recommended": best.codec})
-        return
-    _out.print(f"{'codec':8} {'bytes/token':>12} {'rel. error':>11} {'KL, nats':>10} {'answers changed':>16}")
-    for c in costs:
-        size = f"{c.bytes_per_source_token:12.1f}"
-        _out.print(f"{c.codec:8} {size} {c.relative_error:11.1e} {c.kl:10.1e} {c.changed:16.0%}")
-    _out.print(f"recommended within {max_kl:g} nats: --codec {best.codec}")
+        to_err.print(f"  {source['score']:.3f}  {place}")
+    to_err.print(f"  {usage['text_tokens']} text tokens + {usage['slots']} slots (for {usage['source_tokens']} source "
+                 f"tokens), {usage['completion_tokens']} tokens generated, {seconds:.2f} s")
 
 
 @app.command()
@@ -230,13 +185,13 @@ def inspect(index: IndexDir, as_json: Json = False) -> None:
         spec = {**memory.spec.to_dict(), "fingerprint": memory.spec.fingerprint}
         result = {**memory.stats(), "retrieval_encoder": memory.retrieval_encoder, "spec": spec}
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     for key, value in result.items():
         if key != "spec":
-            _out.print(f"{key:18} {value:,}" if isinstance(value, int) else f"{key:18} {value}")
-    _out.print(f"{'decoder':18} {memory.spec.decoder}\n{'compressor':18} {memory.spec.compressor} "
-               f"({memory.spec.kind} spans, {memory.spec.slot_positions} positions)")
+            to_out.print(f"{key:18} {value:,}" if isinstance(value, int) else f"{key:18} {value}")
+    to_out.print(f"{'decoder':18} {memory.spec.decoder}\n{'compressor':18} {memory.spec.compressor} "
+                 f"({memory.spec.kind} spans, {memory.spec.slot_positions} positions)")
 
 
 @app.command()
@@ -248,14 +203,14 @@ def verify(index: IndexDir, as_json: Json = False) -> None:
         report = memory.verify()
     damaged = [d.__dict__ for d in report.damaged]
     if as_json:
-        _print_json({"ok": report.ok, "chunks": report.chunks, "damaged": damaged, "notes": list(report.notes)})
+        print_json({"ok": report.ok, "chunks": report.chunks, "damaged": damaged, "notes": list(report.notes)})
     else:
         for note in report.notes:
-            _out.print(f"note: {note}")
+            to_out.print(f"note: {note}")
         for entry in report.damaged:
-            _out.print(f"damaged: chunk {entry.chunk_id} of {entry.document_id}: {entry.reason}")
-        _out.print(f"{report.chunks} chunks, {len(damaged)} damaged" + ("" if report.ok else
-                   "; delete the damaged documents and precompress them again"))
+            to_out.print(f"damaged: chunk {entry.chunk_id} of {entry.document_id}: {entry.reason}")
+        to_out.print(f"{report.chunks} chunks, {len(damaged)} damaged" + ("" if report.ok else
+                     "; delete the damaged documents and precompress them again"))
     if not report.ok:
         raise typer.Exit(3)
 
@@ -296,10 +251,10 @@ def import_(
     result = {"method": method.value, "out": str(out), "compressor": compressor.spec.compressor,
               "segment_tokens": compressor.max_chunk_tokens, "compression_factor": compressor.compression_factor}
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
-    _out.print(f"imported {method.value}: segments of {result['segment_tokens']} tokens, "
-               f"{compressor.compression_factor:g}x, in {out}", markup=False)
+    to_out.print(f"imported {method.value}: segments of {result['segment_tokens']} tokens, "
+                 f"{compressor.compression_factor:g}x, in {out}", markup=False)
 
 
 @app.command()
@@ -308,43 +263,32 @@ def demo(seed: Annotated[int, typer.Option(help="Of the generated corpus: other 
     """Compress generated documents, answer from spans and from text, and score every system. Offline."""
     from ctxcomp_rag.demo import run_demo
 
-    _quiet()
-    result = run_demo(seed, documents=documents, say=lambda line: _err.print(f"... {line}"))
+    quiet()
+    result = run_demo(seed, documents=documents, say=lambda line: to_err.print(f"... {line}"))
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
         return
     for example in result.examples:
-        _out.print(f"\n{example.question}   (expected: {example.expected})", style="bold")
+        to_out.print(f"\n{example.question}   (expected: {example.expected})", style="bold")
         table = Table("read from", "answer", "positions", "first token", "cache")
-        table.add_row("spans 4x", Text(_printable(example.spans_answer)), f"{example.spans_positions}",
+        table.add_row("spans 4x", Text(printable(example.spans_answer)), f"{example.spans_positions}",
                       f"{1000 * example.spans_seconds:.1f} ms", f"{example.spans_cache_bytes / 1024:.0f} KiB")
-        table.add_row("raw text", Text(_printable(example.text_answer)), f"{example.text_positions}",
+        table.add_row("raw text", Text(printable(example.text_answer)), f"{example.text_positions}",
                       f"{1000 * example.text_seconds:.1f} ms", f"{example.text_cache_bytes / 1024:.0f} KiB")
-        _out.print(table)
+        to_out.print(table)
     report = result.report
     table = Table("exact match, %", *report.exact_match)
     table.add_row("the right chunk", *(f"{v:g}" for v in report.exact_match.values()))
     table.add_row(f"{report.top_k} retrieved chunks",
                   *(f"{report.exact_match_retrieved[n]:g}" if n in report.exact_match_retrieved else "-"
                     for n in report.exact_match))
-    _out.print(table)
-    _out.print(f"{report.questions} questions about {result.documents} generated documents with names never seen in "
-               f"training (seed {result.seed}); {result.seconds:.0f} s in all")
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, default=str))
-
-
-def _quiet() -> None:
-    """No progress bar for loading a few weights; called where transformers is loaded anyway."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    to_out.print(table)
+    to_out.print(f"{report.questions} questions about {result.documents} generated documents with names never seen in "
+                 f"training (seed {result.seed}); {result.seconds:.0f} s in all")
 
 
 def _interrupted(*_: object) -> NoReturn:
-    _err.print("interrupted; what was committed is kept, run the same command again to go on")
+    to_err.print("interrupted; what was committed is kept, run the same command again to go on")
     sys.exit(130)
 
 
@@ -360,7 +304,7 @@ def main() -> NoReturn:
     try:
         app()
     except CtxcompError as error:
-        _err.print(f"error: {error}", style="red")
+        to_err.print(f"error: {error}", style="red")
         sys.exit(3 if isinstance(error, IndexDamagedError) else 2)
     sys.exit(0)
 

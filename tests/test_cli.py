@@ -91,6 +91,24 @@ def test_an_index_goes_on_with_its_own_codec_only(folder: Path, index: Path) -> 
     assert "stores spans with codec 'exact', got 'int8'" in done.stderr
 
 
+def test_eval_scores_every_system_and_keeps_the_answers(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    result = as_json(ctxcomp("eval", "--task", "home", "--limit", "4", "--factor", "4", "--out", out, "--json"))
+    assert [(r["setting"], r["system"]) for r in result["rows"]] == [
+        ("oracle", "full_text"), ("oracle", "4x"), ("oracle", "truncated_4x"), ("oracle", "no_context"),
+        ("retrieved", "full_text"), ("retrieved", "4x"), ("retrieved", "truncated_4x")]
+    assert all(0 <= r["em"] <= r["f1"] <= 100 for r in result["rows"])
+    kept = json.loads(out.read_text(encoding="utf-8"))
+    assert kept["command"].startswith("ctxcomp eval --task home")
+    assert set(kept["answers"][0]) > {"question", "expected", "oracle/4x", "retrieved/full_text"}
+
+
+def test_eval_of_an_unknown_task_names_the_nearest() -> None:
+    done = ctxcomp("eval", "--task", "squat")
+    assert done.returncode == 2
+    assert "there is no task 'squat'; did you mean squad?" in done.stderr
+
+
 def test_verify_exits_with_3_on_damage_and_names_the_chunk(index: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -184,7 +202,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert "run the same command again to go on" in said
 
 
-@pytest.mark.parametrize("command", ["", "precompress", "ask", "inspect", "verify", "codecs", "demo"])
+@pytest.mark.parametrize("command", ["", "precompress", "ask", "inspect", "verify", "codecs", "eval", "demo"])
 def test_help_comes_without_loading_a_model(command: str) -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "ctxcomp_rag.cli", *command.split(), "--help"],
                           capture_output=True, text=True, check=False)

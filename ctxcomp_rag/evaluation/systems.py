@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors import Compressor
 from ctxcomp_rag.decoding import FrozenDecoder, Generation, GenerationSettings, Part, enclosed, preroll
+from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.pipeline import prompt_parts, truncated_part
 from ctxcomp_rag.spans import MemorySpan
 
@@ -36,6 +37,18 @@ def default_systems(factors: Sequence[float] = (4, 8, 16)) -> list[System]:
     """Full text, spans at each factor, text truncated to the positions of 4x, no context."""
     spans = [System(f"{f:g}x", "spans", f) for f in factors]
     return [System("full_text", "text"), *spans, System("truncated_4x", "truncated", 4.0), System("no_context", "none")]
+
+
+def possible_factors(compressor: Compressor, wanted: Sequence[float] = (4, 8, 16)) -> list[float]:
+    """Those of the factors that the compressor can make; its own where it can make none of them."""
+    possible = []
+    for factor in wanted:
+        try:
+            compressor.num_slots(compressor.max_chunk_tokens, factor)
+        except InputError:
+            continue
+        possible.append(factor)
+    return possible or [compressor.compression_factor]
 
 
 PREROLLED = System("4x_prerolled", "prerolled", 4.0)

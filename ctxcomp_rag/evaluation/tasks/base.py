@@ -1,0 +1,67 @@
+"""What an evaluation task is: documents, and questions with the answers that count as right."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ctxcomp_rag.chunking import Document
+from ctxcomp_rag.errors import InputError
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question.
+
+    Attributes:
+        answers: those that count as right; never empty.
+        gold: ids of the documents that a reader needs; what the oracle setting gives.
+        pool: ids of the documents that retrieval searches; all documents of the task where it is empty.
+        place: document id and character range of the answer, where the task knows it.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    gold: tuple[str, ...]
+    pool: tuple[str, ...] = ()
+    place: tuple[str, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise InputError("a question is empty")
+        if not any(a.strip() for a in self.answers):
+            raise InputError(f"the question {self.question!r} has no answer to compare with")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The documents and questions of one run."""
+
+    documents: tuple[Document, ...]
+    asked: tuple[Asked, ...]
+
+
+class Task(ABC):
+    """A new task is one file: subclass, and add a line to the registry in `tasks/__init__.py`."""
+
+    name: ClassVar[str]
+    file: ClassVar[str]  # what --data names; "" where the task needs no file
+
+    @abstractmethod
+    def load(self, data: Path | None, limit: int, seed: int) -> TaskData:
+        """At most `limit` questions, drawn by `seed`, with the documents they need.
+
+        Raises:
+            InputError: the file is missing, or a record in it cannot be used; names the record.
+        """
+
+    def path(self, data: Path | None) -> Path:
+        """The task's file: `data` itself, or the one of the usual name in the folder `data`."""
+        if data is None:
+            raise InputError(f"task {self.name!r} reads a file; pass --data with {self.file}, or the folder it is in")
+        found = data / self.file if data.is_dir() else data
+        if not found.is_file():
+            raise InputError(f"expected {self.file} for task {self.name!r}, but there is no file {str(found)!r}")
+        return found
