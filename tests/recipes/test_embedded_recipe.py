@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -85,3 +87,18 @@ def test_slots_sit_on_the_last_token_of_their_piece(recipe: ModuleType) -> None:
     assert recipe.slot_places(8, 2) == [3, 7]
     assert recipe.slot_places(10, 3) == [2, 5, 9]
     assert recipe.num_slots(9, 4.0) == 3
+
+
+def test_a_step_is_the_same_in_one_process_and_in_two() -> None:
+    script = str(Path(__file__).parent / "one_step.py")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPE.parents[1])}
+    said = []
+    for command in ([sys.executable, script],
+                    [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                     script]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=200)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.split())
+    alone, together = said
+    assert (alone[0], together[0]) == ("1", "2")
+    assert [float(x) for x in together[1:]] == pytest.approx([float(x) for x in alone[1:]], rel=1e-4)
