@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ctxcomp_rag import ChatPrompt, Generation
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
+
+from ctxcomp_rag import ChatPrompt, Generation
 
 
 class Stripper:

@@ -40,13 +40,12 @@ class SpanBlock(PlainBlock):
         """Positions of the span, not tokens of its text."""
         return self._minted.positions
 
-    async def asplit(self, max_tokens: int, overlap: int = 0, tokenizer: Any | None = None) -> list[TextBlock]:
+    async def asplit(self, max_tokens: int, overlap: int = 0, tokenizer: Any | None = None) -> list[Any]:
         """A span cannot be cut."""
         return [self]
 
     @classmethod
-    async def amerge(cls, splits: Sequence[TextBlock], chunk_size: int, tokenizer: Any | None = None
-                     ) -> list[TextBlock]:
+    async def amerge(cls, splits: Sequence[Any], chunk_size: int, tokenizer: Any | None = None) -> list[Any]:
         """Spans stay apart."""
         return list(splits)
 

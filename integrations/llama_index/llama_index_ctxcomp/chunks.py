@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ctxcomp_rag import Chunk, InputError
 from llama_index.core.schema import BaseNode, MetadataMode, NodeRelationship, RelatedNodeInfo, TextNode
 from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+
+from ctxcomp_rag import Chunk, InputError
 
 NODE_ID = "_node_id"
 _RESERVED = (NODE_ID, "_node_content", "_node_type", "document_id", "doc_id", "ref_doc_id")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from ctxcomp_rag import RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import PrivateAttr
+
+from ctxcomp_rag import RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
 
 
 class EncoderEmbedding(BaseEmbedding):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ctxcomp_rag import InputError
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilters
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn
+
+from ctxcomp_rag import InputError
 
 _DOCUMENT_KEYS = ("document_id", "doc_id", "ref_doc_id")
 

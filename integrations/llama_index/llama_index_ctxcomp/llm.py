@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from ctxcomp_rag import ChatPrompt, GenerationSettings, InputError, SpanChat
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -22,6 +21,7 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 
+from ctxcomp_rag import ChatPrompt, GenerationSettings, InputError, SpanChat
 from llama_index_ctxcomp.answers import Stripper, chat_response, completion_response, usage_of
 from llama_index_ctxcomp.blocks import PlainBlock
 from llama_index_ctxcomp.messages import read_messages
@@ -30,7 +30,7 @@ _SETTINGS = ("max_tokens", "temperature", "top_p", "stop", "seed")
 
 
 class CtxcompLLM(CustomLLM):
-    """A chat model over a `SpanChat`. Any number of threads and tasks share the decoder; their requests decode together.
+    """A chat model over a `SpanChat`. Threads and tasks share the decoder, and their requests decode together.
 
     References are resolved when a method is called, also when its stream is read later. Requests are queued when the
     answer is first asked for; closing a stream, or cancelling a task, cancels the request.
@@ -139,6 +139,7 @@ class CtxcompLLM(CustomLLM):
 
     def _one_message(self, prompt: str, formatted: bool) -> list[ChatMessage]:
         """A prompt in one string says not where its context is: no reference is looked for in it."""
+        assert self.completion_to_prompt is not None
         text = prompt if formatted else self.completion_to_prompt(prompt)
         return [ChatMessage(role=MessageRole.USER, blocks=[PlainBlock(text=text)])]
 
@@ -152,8 +153,8 @@ class CtxcompLLM(CustomLLM):
         unknown = sorted(set(kwargs) - set(_SETTINGS))
         if unknown:
             raise InputError(f"this model has no setting {unknown[0]!r}; expected some of {', '.join(_SETTINGS)}")
-        chosen = {name: kwargs.get(name) if kwargs.get(name) is not None else getattr(self, name)
-                  for name in _SETTINGS}
+        chosen: dict[str, Any] = {name: kwargs.get(name) if kwargs.get(name) is not None else getattr(self, name)
+                                  for name in _SETTINGS}
         return GenerationSettings(max_new_tokens=chosen["max_tokens"], temperature=chosen["temperature"],
                                   top_p=chosen["top_p"], stop=chosen["stop"], seed=chosen["seed"])
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ctxcomp_rag import ChatTurn, InputError, SpanChat, SpanReference, find_references, new_scope, with_references
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock, ThinkingBlock
 
+from ctxcomp_rag import ChatTurn, InputError, SpanChat, SpanReference, find_references, new_scope, with_references
 from llama_index_ctxcomp.blocks import SpanBlock
 from llama_index_ctxcomp.minted import ledger_of
 from llama_index_ctxcomp.nodes import holds_reference

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from ctxcomp_rag import InputError
 from llama_index.core.base.llms.types import BaseContentBlock
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import MetadataMode, TextNode
 
+from ctxcomp_rag import InputError
 from llama_index_ctxcomp.blocks import SpanBlock
 from llama_index_ctxcomp.minted import MintedSpan
 
@@ -50,6 +50,10 @@ class SpanNode(TextNode):
         if self._minted is None:  # read back from JSON, which holds no references
             raise InputError(f"the node {self.node_id!r} has lost its span; run SpanPostprocessor after loading nodes")
         return self._minted
+
+    def plain(self) -> TextNode:
+        """The node without its reference."""
+        return TextNode(**_fields(self))
 
     def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
         """The text; the reference for the model of a synthesizer that only knows text."""

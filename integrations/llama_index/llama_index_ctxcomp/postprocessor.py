@@ -6,18 +6,20 @@ import asyncio
 import logging
 from typing import Any, Literal
 
-from ctxcomp_rag import Compressor, CtxcompError, InputError, MemorySpan, SpanChat, new_scope
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import Document, MetadataMode, NodeWithScore, QueryBundle, TextNode
 
+from ctxcomp_rag import Compressor, CtxcompError, InputError, MemorySpan, SpanChat, new_scope
 from llama_index_ctxcomp.chunks import chunk_id, has_text
 from llama_index_ctxcomp.minted import MintedSpan, ledger_of
 from llama_index_ctxcomp.nodes import QuotedNode, SpanNode, holds_reference
 from llama_index_ctxcomp.writer import SpanWriter
 
 logger = logging.getLogger(__name__)
+# other subclasses have content of their own (images, links to other indices) that no span stands for
+_TEXT_NODES = (TextNode, Document, SpanNode, QuotedNode)
 OnMissing = Literal["text", "compress", "raise"]
 OnError = Literal["text", "raise"]
 
@@ -48,7 +50,7 @@ class SpanPostprocessor(BaseNodePostprocessor):
     def __init__(self, chat: SpanChat, *, scope: str | None = None, on_missing: OnMissing = "text",
                  on_error: OnError = "text", compressor: Compressor | None = None,
                  embed_model: BaseEmbedding | None = None, **kwargs: Any) -> None:
-        super().__init__(on_missing=on_missing, on_error=on_error, **kwargs)
+        super().__init__(**{"on_missing": on_missing, "on_error": on_error, **kwargs})
         if scope == "":
             raise InputError("expected a scope, got an empty one; use new_scope(), or leave it out")
         if on_missing == "compress":
@@ -75,7 +77,7 @@ class SpanPostprocessor(BaseNodePostprocessor):
         spans = self._spans(list(dict.fromkeys(names.values())))
         scope = self._scope or new_scope()
         minted = {name: self._mint(name, span, scope) for name, span in spans.items()}
-        return [self._with_span(n, minted[names[i]]) if names.get(i) in minted else _quoted(n)
+        return [self._with_span(n, minted[names[i]]) if names.get(i) in minted else _without_span(n)
                 for i, n in enumerate(nodes)]
 
     async def _apostprocess_nodes(self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
@@ -129,15 +131,16 @@ class SpanPostprocessor(BaseNodePostprocessor):
 
 
 def _eligible(found: NodeWithScore) -> bool:
-    # subclasses have content of their own (images, tables, links to other indices) that no span stands for
-    return type(found.node).__name__ in ("TextNode", "Document", "SpanNode", "QuotedNode") and has_text(found.node)
+    return type(found.node) in _TEXT_NODES and has_text(found.node)
 
 
-def _quoted(found: NodeWithScore) -> NodeWithScore:
+def _without_span(found: NodeWithScore) -> NodeWithScore:
     node = found.node
-    if isinstance(node, TextNode) and holds_reference(node.get_content(MetadataMode.LLM)):
-        plain = QuotedNode.of(node) if type(node) in (TextNode, SpanNode) else node
-        return NodeWithScore(node=plain, score=found.score)
+    if isinstance(node, SpanNode):  # of an earlier call, whose scope is not this one
+        found = NodeWithScore(node=node.plain(), score=found.score)
+    if type(node) in _TEXT_NODES and holds_reference(found.node.get_content(metadata_mode=MetadataMode.LLM)):
+        assert isinstance(node, TextNode)
+        return NodeWithScore(node=QuotedNode.of(node), score=found.score)
     return found
 
 

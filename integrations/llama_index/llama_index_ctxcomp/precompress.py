@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from ctxcomp_rag import Compressor, InputError, MemoryIndex
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode, TransformComponent
 
+from ctxcomp_rag import Compressor, InputError, MemoryIndex
 from llama_index_ctxcomp.chunks import has_text
 from llama_index_ctxcomp.writer import SpanWriter
 
@@ -38,8 +38,9 @@ class SpanPrecompress(TransformComponent):
 
     def __init__(self, index: MemoryIndex, compressor: Compressor, *, compression_factor: float | None = None) -> None:
         writer = SpanWriter(index, compressor, compression_factor)
-        super().__init__(encoder=compressor.spec.fingerprint, store=str(index.path),
-                         compression_factor=compression_factor or compressor.compression_factor)
+        fields: dict[str, Any] = {"encoder": compressor.spec.fingerprint, "store": str(index.path),
+                                  "compression_factor": compression_factor or compressor.compression_factor}
+        super().__init__(**fields)
         self._writer = writer
 
     @classmethod

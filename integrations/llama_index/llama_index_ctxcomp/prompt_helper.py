@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ctxcomp_rag import InputError, find_references
 from llama_index.core.indices.prompt_helper import DEFAULT_PADDING, PromptHelper
 from llama_index.core.llms import LLM
 from llama_index.core.node_parser.text.token import TokenTextSplitter
 from llama_index.core.prompts import BasePromptTemplate
 
+from ctxcomp_rag import InputError, find_references
 from llama_index_ctxcomp.llm import CtxcompLLM
 from llama_index_ctxcomp.minted import ledger_of
 
@@ -73,8 +73,8 @@ def span_prompt_helper(llm: CtxcompLLM) -> PromptHelper:
         return ids
 
     # without overlap: a span that stands in two pieces would be spliced twice
-    return SpanPromptHelper(context_window=llm.metadata.context_window, num_output=llm.metadata.num_output,
-                            chunk_overlap_ratio=0.0, tokenizer=positions)
+    options: dict[str, Any] = {"chunk_overlap_ratio": 0.0, "tokenizer": positions}
+    return SpanPromptHelper.from_llm_metadata(llm.metadata, **options)
 
 
 __all__ = ["SpanPromptHelper", "span_prompt_helper"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any
 
-from ctxcomp_rag import InputError
 from llama_index.core.base.llms.types import ChatMessage, ContentBlock, MessageRole
 from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.callbacks.base import CallbackManager
@@ -14,6 +13,7 @@ from llama_index.core.response_synthesizers.base import BaseSynthesizer, QueryTe
 from llama_index.core.schema import MetadataMode, NodeWithScore
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
+from ctxcomp_rag import InputError
 from llama_index_ctxcomp.blocks import PlainBlock, SpanBlock
 from llama_index_ctxcomp.llm import CtxcompLLM
 from llama_index_ctxcomp.nodes import SpanNode

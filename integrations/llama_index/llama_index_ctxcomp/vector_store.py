@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from ctxcomp_rag import Chunk, Compressor, InputError, MemoryIndex
-from fsspec import AbstractFileSystem
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import (
@@ -24,6 +22,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 
+from ctxcomp_rag import Chunk, Compressor, InputError, MemoryIndex
 from llama_index_ctxcomp.chunks import NODE_ID, chunk_id, node_of
 from llama_index_ctxcomp.filters import equalities, matches
 from llama_index_ctxcomp.writer import SpanWriter
@@ -100,22 +99,22 @@ class SpanVectorStore(BasePydanticVectorStore):
         if query.query_embedding is None:
             raise InputError("expected a query with an embedding, got none; give the retriever an embed_model")
         where: dict[str, Any] = equalities(query.filters)
-        if query.doc_ids is not None:
+        if query.doc_ids:
             where["document_id"] = query.doc_ids
         wanted, vector = query.similarity_top_k, np.asarray(query.query_embedding, np.float32)
-        allowed = None if query.node_ids is None else set(query.node_ids)
+        allowed = set(query.node_ids or ())  # an index over a store of text says [] and means all
         depth, found, exhausted = wanted, list[tuple[BaseNode, float]](), not len(self._index)
         while len(found) < wanted and not exhausted:  # most filters are applied behind the search: look deeper
             hits = self._index.search_chunks(vector, depth, where=where or None)[0]
             nodes = [(node_of(chunk), score) for chunk, score in hits]
             found = [(n, s) for n, s in nodes
-                     if matches(n, query.filters) and (allowed is None or n.node_id in allowed)]
+                     if matches(n, query.filters) and (not allowed or n.node_id in allowed)]
             exhausted, depth = len(hits) < depth, 4 * depth
         found = found[:wanted]
         return VectorStoreQueryResult(nodes=[n for n, _ in found], similarities=[s for _, s in found],
                                       ids=[n.node_id for n, _ in found])
 
-    def persist(self, persist_path: str, fs: AbstractFileSystem | None = None) -> None:
+    def persist(self, persist_path: str, fs: Any | None = None) -> None:
         """Note where the index is: the nodes are on the disk already."""
         path = _local(persist_path, fs)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +122,7 @@ class SpanVectorStore(BasePydanticVectorStore):
                         encoding="utf-8")
 
     @classmethod
-    def from_persist_path(cls, persist_path: str, fs: AbstractFileSystem | None = None,
+    def from_persist_path(cls, persist_path: str, fs: Any | None = None,
                           compressor: Compressor | None = None) -> Self:
         """Open what `persist` noted."""
         path = _local(persist_path, fs)
@@ -136,7 +135,7 @@ class SpanVectorStore(BasePydanticVectorStore):
 
     @classmethod
     def from_persist_dir(cls, persist_dir: str = DEFAULT_PERSIST_DIR, namespace: str = "default",
-                         fs: AbstractFileSystem | None = None, compressor: Compressor | None = None) -> Self:
+                         fs: Any | None = None, compressor: Compressor | None = None) -> Self:
         """Open what `StorageContext.persist(persist_dir)` noted."""
         return cls.from_persist_path(str(Path(persist_dir) / f"{namespace}__{DEFAULT_PERSIST_FNAME}"), fs, compressor)
 
@@ -177,7 +176,7 @@ class SpanVectorStore(BasePydanticVectorStore):
         return [chunk for chunk, _ in found] + [s.chunk for s in self._index.get(own)]
 
 
-def _local(path: str, fs: AbstractFileSystem | None) -> Path:
+def _local(path: str, fs: Any | None) -> Path:
     if fs is not None and "file" not in (fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,)):
         raise InputError(f"expected a path on this machine, got the file system {fs.protocol!r}; an index is a local "
                          "folder")

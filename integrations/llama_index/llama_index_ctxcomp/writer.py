@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from ctxcomp_rag import Chunk, Compressor, InputError, MemoryIndex, MemorySpan
 from llama_index.core.schema import BaseNode
 
+from ctxcomp_rag import Chunk, Compressor, InputError, MemoryIndex, MemorySpan
 from llama_index_ctxcomp.chunks import chunk_of
 
 _BATCH = 32  # chunks per commit: a killed job loses at most these
