@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.llms import ChatMessage
 from llama_index.core.schema import NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
 
 from ctxcomp_rag import (
+    ChatPrompt,
     Chunk,
     CompressedRAG,
     Compressor,
@@ -18,6 +22,7 @@ from ctxcomp_rag import (
     SoftSpan,
     SpanChat,
     SpanSpec,
+    Text,
 )
 from ctxcomp_rag.evaluation.fictional import generate_corpus
 from llama_index_ctxcomp import CtxcompLLM, EncoderEmbedding, SpanPostprocessor, SpanSynthesizer, SpanVectorStore
@@ -109,3 +114,29 @@ def node(text: str, document: str = "d", *, id_: str | None = None, start: int =
     if id_ is not None:
         made.id_ = id_
     return made
+
+
+class RecordingLLM(CtxcompLLM):
+    """The model, and what was spliced for it."""
+
+    _prompts: list[ChatPrompt] = PrivateAttr(default_factory=list)
+
+    def _prompt(self, messages: Sequence[ChatMessage]) -> ChatPrompt:
+        prompt = super()._prompt(messages)
+        self._prompts.append(prompt)
+        return prompt
+
+    @property
+    def spliced(self) -> list[str]:
+        """Chunk ids of all calls, in order."""
+        return [name for prompt in self._prompts for name in prompt.chunk_ids]
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        return dict(sum((prompt.rejected for prompt in self._prompts), Counter[str]()))
+
+    @property
+    def text(self) -> str:
+        """All that the model was told in text."""
+        parts = [part for prompt in self._prompts for part in prompt.parts]
+        return "".join(p if isinstance(p, str) else p.text for p in parts if isinstance(p, str | Text))
