@@ -18,7 +18,8 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryMode,
 )
 
-from ctxcomp_rag import IncompatibleSpanError, InputError, MemoryIndex
+from ctxcomp_rag import InputError, MemoryIndex
+from ctxcomp_rag.errors import IncompatibleSpanError
 from llama_index_ctxcomp import SpanVectorStore
 
 
@@ -49,7 +50,7 @@ def test_a_node_comes_back_as_it_was_added(empty: SpanVectorStore) -> None:
 def test_the_span_is_committed_with_the_node(filled: SpanVectorStore) -> None:
     assert len(filled.client) == 6
     assert all(s.span.num_slots >= 1 for s in filled.client.get([c.id for c in filled.client.chunks()]))
-    assert filled.client.verify().damaged == {}
+    assert filled.client.verify().damaged == []
 
 
 def test_documents_and_nodes_are_deleted(filled: SpanVectorStore) -> None:
