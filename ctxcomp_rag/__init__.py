@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ctxcomp_rag.pipeline import Answer, CompressedRAG
     from ctxcomp_rag.readers import read_documents
     from ctxcomp_rag.references import SpanReferences, find_references, new_scope
-    from ctxcomp_rag.retrieval import load_retrieval_encoder
+    from ctxcomp_rag.retrieval import RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
     from ctxcomp_rag.rope import rotate_keys
     from ctxcomp_rag.spans import KVSpan, MemorySpan, SoftSpan, SpanSpec
 
@@ -48,7 +48,7 @@ _HOME = {
     "pipeline": ("Answer", "CompressedRAG"),
     "readers": ("read_documents",),
     "references": ("SpanReferences", "find_references", "new_scope"),
-    "retrieval": ("load_retrieval_encoder",),
+    "retrieval": ("RetrievalEncoder", "embed_texts", "encoder_name", "load_retrieval_encoder"),
     "rope": ("rotate_keys",),
     "spans": ("KVSpan", "MemorySpan", "SoftSpan", "SpanSpec"),
 }
@@ -74,6 +74,7 @@ __all__ = [
     "Message",
     "Part",
     "RequestScheduler",
+    "RetrievalEncoder",
     "RetrievedSpan",
     "SchedulerFullError",
     "SoftSpan",
@@ -84,6 +85,8 @@ __all__ = [
     "SpanSpec",
     "Text",
     "Ticket",
+    "embed_texts",
+    "encoder_name",
     "find_references",
     "load_compressor",
     "load_frozen",

@@ -163,6 +163,11 @@ class MemoryIndex:
     def __repr__(self) -> str:
         return f"MemoryIndex({str(self.path)!r}, {len(self)} chunks, version {self._table.version})"
 
+    @property
+    def version(self) -> int:
+        """Number of the commit that this object reads. Every write raises it; no two states of a folder share one."""
+        return self._table.version
+
     def refresh(self) -> None:
         """See what other processes have committed since."""
         with self._writing, self._state:

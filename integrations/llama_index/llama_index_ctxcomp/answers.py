@@ -1,0 +1,49 @@
+"""What the decoder made, as LlamaIndex responses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
+
+from ctxcomp_rag import ChatPrompt, Generation
+
+
+class Stripper:
+    """Takes white space off both ends of a text that arrives in pieces."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._held = ""
+
+    def feed(self, piece: str) -> str:
+        """What of the text so far may be shown now, and was not before."""
+        piece = self._held + piece if self.text else piece.lstrip()
+        shown = piece.rstrip()
+        self._held = piece[len(shown) :]
+        self.text += shown
+        return shown
+
+
+def usage_of(prompt: ChatPrompt, made: Generation) -> dict[str, Any]:
+    """`usage` counts positions of the decoder, slots included; `ctxcomp` says what they are made of."""
+    positions, completion = made.usage.positions, made.completion_tokens
+    return {
+        "usage": {"prompt_tokens": positions, "completion_tokens": completion, "total_tokens": positions + completion},
+        "finish_reason": made.finish_reason,
+        "ctxcomp": {"spans": len(prompt.chunk_ids), "slots": made.usage.slots, "text_tokens": made.usage.text_tokens,
+                    "source_tokens": made.usage.source_tokens, "rejected": dict(prompt.rejected)},
+    }
+
+
+def chat_response(text: str, raw: dict[str, Any] | None = None, delta: str | None = None) -> ChatResponse:
+    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), raw=raw, delta=delta,
+                        additional_kwargs=raw["usage"] if raw else {})
+
+
+def completion_response(response: ChatResponse) -> CompletionResponse:
+    return CompletionResponse(text=response.message.content or "", raw=response.raw, delta=response.delta,
+                              additional_kwargs=response.additional_kwargs)
+
+
+__all__ = ["Stripper", "chat_response", "completion_response", "usage_of"]
