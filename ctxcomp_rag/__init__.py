@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ctxcomp_rag.backbone import Backbone, load_frozen
-    from ctxcomp_rag.chat import ChatPrompt, ChatTurn, SpanChat, SpanReference, with_references
+    from ctxcomp_rag.chat import ChatPrompt, ChatTurn, SpanChat, SpanReference, Stripper, with_references
     from ctxcomp_rag.chunking import Chunk, Document, split_document
     from ctxcomp_rag.compressors import Compressor, load_compressor
     from ctxcomp_rag.decoding import (
@@ -23,9 +23,15 @@ if TYPE_CHECKING:
         render_chat,
         splice,
     )
-    from ctxcomp_rag.errors import CtxcompError, InputError, SchedulerFullError, SpanReferenceError
+    from ctxcomp_rag.errors import (
+        CtxcompError,
+        InputError,
+        SchedulerFullError,
+        SpanReferenceError,
+        UnsupportedModelError,
+    )
     from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
-    from ctxcomp_rag.pipeline import Answer, CompressedRAG
+    from ctxcomp_rag.pipeline import Answer, CompressedRAG, load_trained_compressor
     from ctxcomp_rag.readers import read_documents
     from ctxcomp_rag.references import SpanReferences, find_references, new_scope
     from ctxcomp_rag.retrieval import RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
@@ -36,16 +42,18 @@ __version__ = "0.1.0"
 
 _HOME = {
     "backbone": ("Backbone", "load_frozen"),
-    "chat": ("ChatPrompt", "ChatTurn", "SpanChat", "SpanReference", "with_references"),
+    "chat": ("ChatPrompt", "ChatTurn", "SpanChat", "SpanReference", "Stripper", "with_references"),
     "chunking": ("Chunk", "Document", "split_document"),
     "compressors": ("Compressor", "load_compressor"),
     "decoding": (
         "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "RequestScheduler", "Text", "Ticket",
         "render_chat", "splice",
     ),
-    "errors": ("CtxcompError", "InputError", "SchedulerFullError", "SpanReferenceError"),
+    "errors": (
+        "CtxcompError", "InputError", "SchedulerFullError", "SpanReferenceError", "UnsupportedModelError",
+    ),
     "index": ("MemoryIndex", "RetrievedSpan"),
-    "pipeline": ("Answer", "CompressedRAG"),
+    "pipeline": ("Answer", "CompressedRAG", "load_trained_compressor"),
     "readers": ("read_documents",),
     "references": ("SpanReferences", "find_references", "new_scope"),
     "retrieval": ("RetrievalEncoder", "embed_texts", "encoder_name", "load_retrieval_encoder"),
@@ -83,14 +91,17 @@ __all__ = [
     "SpanReferenceError",
     "SpanReferences",
     "SpanSpec",
+    "Stripper",
     "Text",
     "Ticket",
+    "UnsupportedModelError",
     "embed_texts",
     "encoder_name",
     "find_references",
     "load_compressor",
     "load_frozen",
     "load_retrieval_encoder",
+    "load_trained_compressor",
     "new_scope",
     "read_documents",
     "render_chat",

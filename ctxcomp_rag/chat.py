@@ -151,6 +151,22 @@ class _Resolver:
         return enclosed(self.chat.index.get([chunk_id])[0].span, self.chat.index.spec)
 
 
+class Stripper:
+    """Takes white space off both ends of a text that arrives in pieces."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._held = ""
+
+    def feed(self, piece: str) -> str:
+        """What of the text so far may be shown now, and was not before."""
+        piece = self._held + piece if self.text else piece.lstrip()
+        shown = piece.rstrip()
+        self._held = piece[len(shown) :]
+        self.text += shown
+        return shown
+
+
 def with_references(text: str) -> tuple[Content, ...]:
     """Text in which references may stand (a framework's context that our parts filled), as content.
 
@@ -164,4 +180,4 @@ def with_references(text: str) -> tuple[Content, ...]:
     return tuple(SpanReference(p) if i % 2 else p for i, p in enumerate(pieces) if p)
 
 
-__all__ = ["ChatPrompt", "ChatTurn", "SpanChat", "SpanReference", "with_references"]
+__all__ = ["ChatPrompt", "ChatTurn", "SpanChat", "SpanReference", "Stripper", "with_references"]

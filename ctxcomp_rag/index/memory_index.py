@@ -375,6 +375,16 @@ class MemoryIndex:
 
         return self._searching(vectors, top_k, where, read)
 
+    def vectors(self, chunk_ids: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors (len(chunk_ids), vector_size) of chunks; raises InputError for an unknown one."""
+        def read(table: SpanTable) -> NDArray[np.float32]:
+            unknown = [c for c in chunk_ids if c not in table.rows]
+            if unknown:
+                raise InputError(f"expected ids of chunks in {self.path}, got {unknown[0]!r}")
+            return self._vectors.vectors(np.array([table.rows[c] for c in chunk_ids], np.int64))
+
+        return self._reading(read)
+
     def document_chunks(self, document_id: str) -> list[str]:
         """Ids of a document's chunks in the order of the text; [] for an unknown document."""
         def read(table: SpanTable) -> list[str]:

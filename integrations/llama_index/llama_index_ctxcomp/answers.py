@@ -9,22 +9,6 @@ from llama_index.core.base.llms.types import ChatMessage, ChatResponse, Completi
 from ctxcomp_rag import ChatPrompt, Generation
 
 
-class Stripper:
-    """Takes white space off both ends of a text that arrives in pieces."""
-
-    def __init__(self) -> None:
-        self.text = ""
-        self._held = ""
-
-    def feed(self, piece: str) -> str:
-        """What of the text so far may be shown now, and was not before."""
-        piece = self._held + piece if self.text else piece.lstrip()
-        shown = piece.rstrip()
-        self._held = piece[len(shown) :]
-        self.text += shown
-        return shown
-
-
 def usage_of(prompt: ChatPrompt, made: Generation) -> dict[str, Any]:
     """`usage` counts positions of the decoder, slots included; `ctxcomp` says what they are made of."""
     positions, completion = made.usage.positions, made.completion_tokens
@@ -46,4 +30,4 @@ def completion_response(response: ChatResponse) -> CompletionResponse:
                               additional_kwargs=response.additional_kwargs)
 
 
-__all__ = ["Stripper", "chat_response", "completion_response", "usage_of"]
+__all__ = ["chat_response", "completion_response", "usage_of"]

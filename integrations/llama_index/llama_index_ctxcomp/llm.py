@@ -21,8 +21,8 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 
-from ctxcomp_rag import ChatPrompt, GenerationSettings, InputError, SpanChat
-from llama_index_ctxcomp.answers import Stripper, chat_response, completion_response, usage_of
+from ctxcomp_rag import ChatPrompt, GenerationSettings, InputError, SpanChat, Stripper
+from llama_index_ctxcomp.answers import chat_response, completion_response, usage_of
 from llama_index_ctxcomp.blocks import PlainBlock
 from llama_index_ctxcomp.messages import read_messages
 

@@ -1,0 +1,80 @@
+"""LangChain messages to turns of a `SpanChat`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage
+
+from ctxcomp_rag import ChatTurn, InputError, SpanReference, with_references
+
+_SEPARATOR = "\n\n"
+
+
+def read_messages(messages: Sequence[BaseMessage], *, text_references: bool) -> list[ChatTurn]:
+    """Turns with alternating roles; neighbours of one role become one turn, as chat templates expect.
+
+    Args:
+        text_references: look for references in plain text too: in system messages and the last human one, where a
+            chain puts its context, never in what was said before.
+
+    Raises:
+        SpanReferenceError: a reference in the context was cut.
+        InputError: there is something else than text and spans.
+    """
+    last = max((i for i, m in enumerate(messages) if isinstance(m, HumanMessage)), default=-1)
+    turns: list[ChatTurn] = []
+    for i, message in enumerate(messages):
+        context = text_references and (i == last or isinstance(message, SystemMessage))
+        content = tuple(c for block in _blocks(message) for c in _content(block, context))
+        role = _role(message)
+        if turns and turns[-1].role == role:
+            turns[-1] = ChatTurn(role, (*turns[-1].content, _SEPARATOR, *content))
+        else:
+            turns.append(ChatTurn(role, content))
+    if not any(turn.content for turn in turns):
+        raise InputError("expected a message with text or spans, got none")
+    return turns
+
+
+def without_system(turns: Sequence[ChatTurn]) -> list[ChatTurn]:
+    """The system message at the head of the first user message, for templates that have no such role."""
+    system = [t for t in turns if t.role == "system"]
+    rest = [t for t in turns if t.role != "system"]
+    head = tuple(c for t in system for c in (*t.content, _SEPARATOR))
+    if not rest or rest[0].role != "user":
+        return [ChatTurn("user", head[:-1]), *rest]
+    return [ChatTurn("user", (*head, *rest[0].content)), *rest[1:]]
+
+
+def _role(message: BaseMessage) -> str:
+    if isinstance(message, SystemMessage):
+        return "system"
+    if isinstance(message, AIMessage):
+        return "assistant"
+    if isinstance(message, ChatMessage) and message.role in ("system", "assistant"):
+        return message.role
+    return "user"  # a tool's output is said to the model by somebody else
+
+
+def _blocks(message: BaseMessage) -> list[Any]:
+    return [message.content] if isinstance(message.content, str) else list(message.content)
+
+
+def _content(block: Any, context: bool) -> tuple[str | SpanReference, ...]:
+    if isinstance(block, str):
+        return with_references(block) if context else (block,) if block else ()
+    kind = block.get("type") if isinstance(block, dict) else None
+    if kind == "text" and isinstance(block.get("text"), str):
+        return _content(block["text"], context)
+    if kind == "span" and isinstance(block.get("ref"), str):
+        text = block.get("text")
+        return (SpanReference(block["ref"], text if isinstance(text, str) else None),)
+    if kind in ("reasoning", "thinking", "tool_call", "tool_use"):
+        return ()
+    raise InputError(f"expected messages of text and spans, got a block of type {kind!r}; this decoder reads no other "
+                     "content, leave it out")
+
+
+__all__ = ["read_messages", "without_system"]
