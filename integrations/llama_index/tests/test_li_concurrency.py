@@ -66,15 +66,15 @@ async def test_tasks_get_their_own_answers_and_the_loop_stays_free(setup: Setup,
 async def test_a_cancelled_task_and_a_closed_stream_leave_the_decoder(setup: Setup) -> None:
     llm = setup.llm()
     message = [ChatMessage(role="user", content="Tell me a long story about lighthouses.")]
-    task = asyncio.create_task(llm.achat(message, max_tokens=1500))
+    task = asyncio.create_task(llm.achat(message, max_tokens=1500, temperature=50.0))
     await asyncio.sleep(0.2)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    stream = await llm.astream_chat(message, max_tokens=1500)
+    stream = await llm.astream_chat(message, max_tokens=1500, temperature=50.0)
     assert (await anext(stream)).delta is not None
     await stream.aclose()
-    threaded = llm.stream_chat(message, max_tokens=1500)
+    threaded = llm.stream_chat(message, max_tokens=1500, temperature=50.0)
     assert next(threaded).delta is not None
     threaded.close()
     del task, stream, threaded
