@@ -2,6 +2,7 @@
 
 from llama_index_ctxcomp.blocks import PlainBlock, SpanBlock
 from llama_index_ctxcomp.embedding import EncoderEmbedding
+from llama_index_ctxcomp.errors import PromptError
 from llama_index_ctxcomp.llm import CtxcompLLM
 from llama_index_ctxcomp.nodes import SpanNode
 from llama_index_ctxcomp.postprocessor import SpanPostprocessor
@@ -14,6 +15,7 @@ __all__ = [
     "CtxcompLLM",
     "EncoderEmbedding",
     "PlainBlock",
+    "PromptError",
     "SpanBlock",
     "SpanNode",
     "SpanPostprocessor",

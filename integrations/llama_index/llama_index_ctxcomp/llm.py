@@ -21,9 +21,10 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 
-from ctxcomp_rag import ChatPrompt, GenerationSettings, InputError, SpanChat, Stripper
+from ctxcomp_rag import ChatPrompt, GenerationSettings, InputError, SpanChat, Stripper, Ticket
 from llama_index_ctxcomp.answers import chat_response, completion_response, usage_of
 from llama_index_ctxcomp.blocks import PlainBlock
+from llama_index_ctxcomp.errors import audible
 from llama_index_ctxcomp.messages import read_messages
 
 _SETTINGS = ("max_tokens", "temperature", "top_p", "stop", "seed")
@@ -33,7 +34,8 @@ class CtxcompLLM(CustomLLM):
     """A chat model over a `SpanChat`. Threads and tasks share the decoder, and their requests decode together.
 
     References are resolved when a method is called, also when its stream is read later. Requests are queued when the
-    answer is first asked for; closing a stream, or cancelling a task, cancels the request.
+    answer is first asked for; closing a stream, or cancelling a task, cancels the request. What is refused raises
+    `PromptError`.
 
     Args:
         chat: the decoder, the index and the references.
@@ -77,23 +79,22 @@ class CtxcompLLM(CustomLLM):
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        prompt = self._prompt(messages)
-        made = self._chat.submit(prompt, self._settings(kwargs)).result()
+        prompt, settings = self._prepared(messages, kwargs)
+        made = self._submit(prompt, settings).result()
         return chat_response(made.text.strip(), usage_of(prompt, made))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        settings = self._settings(kwargs)
-        prompt = await asyncio.to_thread(self._prompt, messages)
-        made = await self._chat.submit(prompt, settings).aresult()
+        prompt, settings = await asyncio.to_thread(self._prepared, messages, kwargs)  # it reads spans from files
+        made = await self._submit(prompt, settings).aresult()
         return chat_response(made.text.strip(), usage_of(prompt, made))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        prompt, settings = self._prompt(messages), self._settings(kwargs)
+        prompt, settings = self._prepared(messages, kwargs)
 
         def responses() -> ChatResponseGen:
-            ticket, shown = self._chat.submit(prompt, settings), Stripper()
+            ticket, shown = self._submit(prompt, settings), Stripper()
             for piece in ticket.pieces():
                 if delta := shown.feed(piece):
                     yield chat_response(shown.text, delta=delta)
@@ -103,11 +104,10 @@ class CtxcompLLM(CustomLLM):
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        settings = self._settings(kwargs)
-        prompt = await asyncio.to_thread(self._prompt, messages)
+        prompt, settings = await asyncio.to_thread(self._prepared, messages, kwargs)
 
         async def responses() -> ChatResponseAsyncGen:
-            ticket, shown = self._chat.submit(prompt, settings), Stripper()
+            ticket, shown = self._submit(prompt, settings), Stripper()
             try:
                 async for piece in ticket.apieces():
                     if delta := shown.feed(piece):
@@ -142,6 +142,15 @@ class CtxcompLLM(CustomLLM):
         assert self.completion_to_prompt is not None
         text = prompt if formatted else self.completion_to_prompt(prompt)
         return [ChatMessage(role=MessageRole.USER, blocks=[PlainBlock(text=text)])]
+
+    def _prepared(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]
+                  ) -> tuple[ChatPrompt, GenerationSettings]:
+        with audible():
+            return self._prompt(messages), self._settings(kwargs)
+
+    def _submit(self, prompt: ChatPrompt, settings: GenerationSettings) -> Ticket:
+        with audible():
+            return self._chat.submit(prompt, settings)
 
     def _prompt(self, messages: Sequence[ChatMessage]) -> ChatPrompt:
         turns, scope = read_messages(messages, self._chat, self._scope)

@@ -11,7 +11,7 @@ from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
 
 from ctxcomp_rag import InputError, MemoryIndex, RetrievedSpan, SpanChat
 from ctxcomp_rag.errors import IndexDamagedError
-from llama_index_ctxcomp import CtxcompLLM, SpanNode, SpanPostprocessor, SpanSynthesizer
+from llama_index_ctxcomp import CtxcompLLM, PromptError, SpanNode, SpanPostprocessor, SpanSynthesizer
 
 
 class DamagedIndex(MemoryIndex):
@@ -83,13 +83,13 @@ def test_a_chunk_deleted_after_retrieval_is_read_as_text(setup: Setup, empty) ->
 
 def test_misuse_of_the_model_is_answered_with_a_sentence(setup: Setup) -> None:
     llm = setup.llm()
-    with pytest.raises(InputError, match="this model has no setting 'temprature'; expected some of max_tokens"):
+    with pytest.raises(PromptError, match="this model has no setting 'temprature'; expected some of max_tokens"):
         llm.complete("x", temprature=1)
     with pytest.raises(InputError, match="max_new_tokens of at least 1, got 0"):
         CtxcompLLM(setup.chat, max_tokens=0)
-    with pytest.raises(InputError, match="expected messages of text and spans, got a ImageBlock"):
+    with pytest.raises(PromptError, match="expected messages of text and spans, got a ImageBlock"):
         llm.chat([ChatMessage(role="user", blocks=[ImageBlock(url="http://localhost/x.png")])])
-    with pytest.raises(InputError, match="expected a message with text or spans, got none"):
+    with pytest.raises(PromptError, match="expected a message with text or spans, got none"):
         llm.chat([])
     with pytest.raises(InputError, match="expected a CtxcompLLM, which reads spans, got MockLLM"):
         SpanSynthesizer(MockLLM())  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ def test_misuse_of_the_model_is_answered_with_a_sentence(setup: Setup) -> None:
 
 def test_too_much_context_is_refused_with_the_number_of_positions(setup: Setup) -> None:
     long = [NodeWithScore(node=node("word " * 1500, str(i))) for i in range(3)]
-    with pytest.raises(InputError, match="positions, but the decoder 'embedded' was made for 2048"):
+    with pytest.raises(PromptError, match="positions, but the decoder 'embedded' was made for 2048"):
         setup.synthesizer().synthesize("why?", long)
 
 

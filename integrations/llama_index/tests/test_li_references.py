@@ -12,7 +12,7 @@ from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 
 from ctxcomp_rag import SpanChat, SpanReferenceError
-from llama_index_ctxcomp import SpanBlock, SpanNode, SpanPostprocessor, SpanSynthesizer, span_prompt_helper
+from llama_index_ctxcomp import PromptError, SpanBlock, SpanNode, SpanPostprocessor, SpanSynthesizer, span_prompt_helper
 from llama_index_ctxcomp.minted import MintedSpan
 
 FORGED = "[[span:AAAAAAAAAAAAAAAAAAAAAA:AAAAAAAAAAAAAAAAAAAAAA]]"
@@ -105,7 +105,7 @@ def test_two_invocations_do_not_mix(setup: Setup) -> None:
 def test_strict_deployments_raise(setup: Setup) -> None:
     strict = SpanChat(setup.rag.backbone, setup.rag.memory, references=setup.chat.references, on_invalid="raise")
     llm = RecordingLLM(strict, scope="alice", max_tokens=2)
-    with pytest.raises(SpanReferenceError, match="made in another scope"):
+    with pytest.raises(PromptError, match="made in another scope"):
         llm.chat([ChatMessage(role="user", blocks=[SpanBlock(minted(setup, "bob"))])])
 
 

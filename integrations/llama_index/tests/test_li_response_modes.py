@@ -8,15 +8,15 @@ from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextC
 from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.core.schema import MetadataMode, NodeWithScore
 
-from ctxcomp_rag import InputError, SpanReferenceError
-from llama_index_ctxcomp import span_prompt_helper
+from ctxcomp_rag import InputError
+from llama_index_ctxcomp import PromptError, span_prompt_helper
 
 SCOPE = "tenant-1"
 MODES = ["compact", "refine", "tree_summarize", "accumulate", "compact_accumulate"]
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["all spans", "spans and text"])
-@pytest.mark.parametrize("window", [2048, 460, 200])
+@pytest.mark.parametrize("window", [2048, 860, 200])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_reference_is_spliced_once_or_the_window_is_named(setup: Setup, mode: str, window: int,
                                                                 mixed: bool) -> None:
@@ -42,7 +42,7 @@ def test_every_reference_is_spliced_once_or_the_window_is_named(setup: Setup, mo
 def test_a_small_window_takes_more_calls_and_no_call_overflows(setup: Setup) -> None:
     nodes = setup.postprocessor(SCOPE).postprocess_nodes(setup.retrieved(QUESTIONS[0], top_k=4))
     calls = {}
-    for window in (2048, 460):
+    for window in (2048, 860):
         llm = RecordingLLM(setup.chat, scope=SCOPE, max_tokens=2)
         helper = span_prompt_helper(llm)
         helper.context_window = window
@@ -51,7 +51,7 @@ def test_a_small_window_takes_more_calls_and_no_call_overflows(setup: Setup) -> 
         for prompt in llm._prompts:
             assert setup.chat.scheduler.decoder.splice(prompt.parts).next_position <= window
     assert calls[2048] == 1
-    assert calls[460] > 1
+    assert calls[860] > 1
 
 
 def test_the_default_prompt_helper_may_cut_a_reference_and_that_is_refused(setup: Setup) -> None:
@@ -60,7 +60,7 @@ def test_the_default_prompt_helper_may_cut_a_reference_and_that_is_refused(setup
     llm = RecordingLLM(setup.chat, scope=SCOPE, max_tokens=2)
     nodes = setup.postprocessor(SCOPE).postprocess_nodes(setup.retrieved(QUESTIONS[0], top_k=2))
     helper = PromptHelper.from_llm_metadata(llm.metadata, chunk_size_limit=8)
-    with pytest.raises(SpanReferenceError, match="reference to a span was cut"):
+    with pytest.raises(PromptError, match="reference to a span was cut"):
         get_response_synthesizer(llm=llm, prompt_helper=helper).synthesize(QUESTIONS[0], nodes)
 
 
@@ -76,7 +76,7 @@ def test_without_a_scope_the_synthesizers_of_the_framework_read_the_text(setup: 
 
 def test_a_model_without_the_postprocessors_scope_says_so(setup: Setup) -> None:
     nodes = setup.postprocessor(SCOPE).postprocess_nodes(setup.retrieved(QUESTIONS[0], top_k=1))
-    with pytest.raises(InputError, match="came as text, but this model was given no scope"):
+    with pytest.raises(PromptError, match="came as text, but this model was given no scope"):
         get_response_synthesizer(llm=setup.llm()).synthesize(QUESTIONS[0], nodes)
 
 
