@@ -155,6 +155,11 @@ class MemoryIndex:
     def __repr__(self) -> str:
         return f"MemoryIndex({str(self.path)!r}, {len(self)} chunks, version {self._table.version})"
 
+    @property
+    def is_writer(self) -> bool:
+        """Whether this object holds the writer's lock: nobody else commits, so there is nothing to refresh."""
+        return self._writer.held
+
     def refresh(self) -> None:
         """See what other processes have committed since."""
         with self._writing, self._state:
