@@ -47,7 +47,8 @@ class SpanReferences:
     """Mints references and resolves them.
 
     Args:
-        index_id: what the references point into; a reference to one index never resolves in another.
+        index_id: what the references point into; a reference to one index never resolves in another. Any name, but
+            "mac" mode needs one.
         mode: "registry" for one process, "mac" where retriever and decoder run in several.
         key: of the "mac" mode, at least 32 bytes, the same in every process; keep it out of configuration and traces.
         seconds: how long a reference is good. In "mac" mode time goes in epochs of this length, and the epoch before
@@ -70,6 +71,9 @@ class SpanReferences:
                              "environment, with bytes.fromhex for one")
         if mode == "registry" and key is not None:
             raise InputError("a key belongs to mode 'mac'; leave it out, or pass mode='mac'")
+        if mode == "mac" and not index_id:  # processes of two indexes may well share a key
+            raise InputError("mode 'mac' needs an index_id, the same in every process and another one for each index; "
+                             "the name of the index will do")
         if not seconds > 0:
             raise InputError(f"expected a lifetime of more than 0 seconds, got {seconds}")
         self.index_id, self.mode, self.seconds = index_id, mode, seconds

@@ -387,12 +387,13 @@ def test_threads_mint_resolve_revoke_and_are_refused_at_once(references: SpanRef
     ({"mode": "mac", "key": b"short"}, "at least 32 bytes shared by all processes, got 5 bytes"),
     ({"mode": "mac", "key": "ab" * 32}, "expected a key of bytes, got str; decode .* bytes.fromhex"),
     ({"key": KEY}, "a key belongs to mode 'mac'"),
+    ({"mode": "mac", "key": KEY, "index_id": ""}, "needs an index_id, the same in every process"),
     ({"seconds": 0}, "more than 0 seconds, got 0"),
     ({"seconds": float("nan")}, "more than 0 seconds, got nan"),
 ])
 def test_settings_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message) as refusal:
-        SpanReferences("kb", **options)  # type: ignore[arg-type]
+        SpanReferences(**{"index_id": "kb", **options})  # type: ignore[arg-type]
     assert "abab" not in str(refusal.value)
 
 
