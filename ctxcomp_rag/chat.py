@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NoReturn, Self
 
 from ctxcomp_rag.backbone import Backbone, load_frozen
 from ctxcomp_rag.decoding import (
@@ -27,6 +27,7 @@ from ctxcomp_rag.decoding import (
 from ctxcomp_rag.errors import InputError, SpanReferenceError
 from ctxcomp_rag.index import MemoryIndex
 from ctxcomp_rag.references import SpanReferences, find_references, has_cut_reference
+from ctxcomp_rag.spans import MemorySpan
 
 OnInvalid = Literal["text", "raise"]
 
@@ -55,6 +56,10 @@ class ChatTurn:
     role: str
     content: tuple[Content, ...]
 
+    def __post_init__(self) -> None:
+        whole = isinstance(self.content, str | SpanReference)  # a string would be read letter by letter
+        object.__setattr__(self, "content", (self.content,) if whole else tuple(self.content))
+
 
 @dataclass(frozen=True, eq=False)
 class ChatPrompt:
@@ -67,6 +72,9 @@ class ChatPrompt:
 
 class SpanChat:
     """Chat over spans: one index, one decoder, one set of references, any number of callers.
+
+    What others commit to the index while it is open is seen by the next prompt: a chunk that they deleted is not
+    spliced any more. Belongs to its process: open one in each, after a fork.
 
     Args:
         backbone: the frozen decoder.
@@ -82,7 +90,7 @@ class SpanChat:
         if on_invalid not in ("text", "raise"):
             raise InputError(f"expected on_invalid='text' or 'raise', got {on_invalid!r}")
         self.backbone, self.index, self.on_invalid = backbone, index, on_invalid
-        self.references = references or SpanReferences(uuid.uuid4().hex)
+        self.references = SpanReferences(uuid.uuid4().hex) if references is None else references
         self.scheduler = RequestScheduler(FrozenDecoder(backbone), max_batch=max_batch)
 
     @classmethod
@@ -99,10 +107,17 @@ class SpanChat:
 
         Raises:
             SpanReferenceError: a reference was refused and `on_invalid` is "raise".
+            InputError: there is no message with content.
         """
+        self.scheduler.require_own_process()
+        if any(isinstance(c, SpanReference) for t in turns for c in t.content) and not self.index.is_writer:
+            self.index.refresh()
         resolver = _Resolver(self, scope)
         messages = [Message(t.role, tuple(p for c in t.content for p in resolver.read(c))) for t in turns]
-        parts = render_chat(self.backbone.tokenizer, [m for m in messages if m.content])
+        messages = [m for m in messages if m.content]
+        if not messages:
+            raise InputError("expected at least one message with content, got none")
+        parts = render_chat(self.backbone.tokenizer, messages)
         return ChatPrompt(tuple(parts), tuple(resolver.chunk_ids), resolver.rejected)
 
     def submit(self, prompt: ChatPrompt, settings: GenerationSettings | None = None) -> Ticket:
@@ -117,6 +132,9 @@ class SpanChat:
         """Finish what was submitted and close the index."""
         self.scheduler.close()
         self.index.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a SpanChat belongs to its process and cannot be pickled or copied; open one in each process")
 
     def __enter__(self) -> Self:
         return self
@@ -139,16 +157,22 @@ class _Resolver:
         try:
             chunk_id = self.chat.references.resolve(content.reference, self.scope)
             if chunk_id in self.chunk_ids:
-                raise SpanReferenceError("duplicate", "a span was referred to twice in one prompt")
-            if self.chat.index.missing([chunk_id]):
-                raise SpanReferenceError("deleted", "the chunk behind a reference was deleted from the index")
+                raise self.chat.references.refused("duplicate", "a span was referred to twice in one prompt")
+            span = self._span(chunk_id)
         except SpanReferenceError as error:
             if self.chat.on_invalid == "raise":
                 raise
             self.rejected[error.reason] += 1
-            return [content.reference if content.text is None else content.text]
+            return self.read(str(content.reference) if content.text is None else content.text)
         self.chunk_ids.append(chunk_id)
-        return enclosed(self.chat.index.get([chunk_id])[0].span, self.chat.index.spec)
+        return enclosed(span, self.chat.index.spec)
+
+    def _span(self, chunk_id: str) -> MemorySpan:
+        try:
+            return self.chat.index.get([chunk_id])[0].span
+        except InputError:  # asked for and not looked up before: it may be deleted at any moment
+            raise self.chat.references.refused("deleted", "the chunk behind a reference was deleted from the index"
+                                               ) from None
 
 
 class Stripper:

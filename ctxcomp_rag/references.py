@@ -7,7 +7,8 @@ alter one. It names no path, number or chunk id.
 Two modes. `registry`: random bits, remembered by this object; for one process. `mac`: the chunk id is sealed under a
 key that several processes share (synthetic-IV construction: the tag authenticates index, scope, epoch and chunk id,
 and masks the chunk id), so nothing has to be remembered; within an epoch the same chunk in the same scope has the same
-reference, which lets a framework's prompt cache hit.
+reference, which lets a framework's prompt cache hit. All processes need the same key, `index_id` and `seconds`, and
+clocks that are less than an epoch apart.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 from ctxcomp_rag.errors import InputError, SpanReferenceError
 
 REFERENCE = re.compile(r"\[\[span:([A-Za-z0-9_-]{22}):([A-Za-z0-9_-]{22})\]\]")
 _PREFIX = "[[span:"
 _CHUNK_ID = re.compile(r"[0-9a-f]{32}")
+# What is left of a reference that was cut inside its prefix. (Cut further back, its beginning holds the prefix.)
+_BEHEADED = re.compile(r"[A-Za-z0-9_-]{22}:[A-Za-z0-9_-]{22}\]\]")
 
-Reason = Literal["malformed", "unknown", "expired", "scope"]
+Reason = Literal["malformed", "unknown", "expired", "scope", "duplicate", "deleted"]
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,12 @@ class SpanReferences:
     """Mints references and resolves them.
 
     Args:
-        index_id: what the references point into; a reference to one index never resolves in another.
+        index_id: what the references point into; a reference to one index never resolves in another. Any name, but
+            "mac" mode needs one.
         mode: "registry" for one process, "mac" where retriever and decoder run in several.
         key: of the "mac" mode, at least 32 bytes, the same in every process; keep it out of configuration and traces.
         seconds: how long a reference is good. In "mac" mode time goes in epochs of this length, and the epoch before
-            the present one is still good.
+            the present one is still good (so is the next: another process's clock may be ahead).
         clock: seconds since some start; another one for tests.
 
     Attributes:
@@ -62,8 +66,14 @@ class SpanReferences:
         if mode == "mac" and (key is None or len(key) < 32):
             raise InputError("mode 'mac' needs a key of at least 32 bytes shared by all processes, got "
                              f"{'none' if key is None else f'{len(key)} bytes'}; make one with secrets.token_bytes(32)")
+        if key is not None and not isinstance(key, bytes):
+            raise InputError(f"expected a key of bytes, got {type(key).__name__}; decode what you read from the "
+                             "environment, with bytes.fromhex for one")
         if mode == "registry" and key is not None:
             raise InputError("a key belongs to mode 'mac'; leave it out, or pass mode='mac'")
+        if mode == "mac" and not index_id:  # processes of two indexes may well share a key
+            raise InputError("mode 'mac' needs an index_id, the same in every process and another one for each index; "
+                             "the name of the index will do")
         if not seconds > 0:
             raise InputError(f"expected a lifetime of more than 0 seconds, got {seconds}")
         self.index_id, self.mode, self.seconds = index_id, mode, seconds
@@ -98,34 +108,44 @@ class SpanReferences:
             SpanReferenceError: with `reason` "malformed", "unknown" (forged, revoked, or of another index), "expired"
                 or "scope". In "mac" mode the last two are "unknown" as well: a tag that does not fit says no more.
         """
-        match = REFERENCE.fullmatch(reference)
+        match = REFERENCE.fullmatch(reference) if isinstance(reference, str) else None  # a client's JSON holds anything
         # the last of 22 characters has bits to spare: only one of its spellings is the reference
         if match is None or reference != _spell(_unspell(match[1]), _unspell(match[2])):
-            raise self._refused("malformed", "expected a reference to a span, got something else or a piece of one")
+            raise self.refused("malformed", "expected a reference to a span, got something else or a piece of one")
         if self.mode == "mac":
             return self._open(_unspell(match[1]), _unspell(match[2]), scope)
         with self._lock:
             entry = self._entries.get(reference)
         if entry is None:
-            raise self._refused("unknown", "a reference to a span is forged, revoked, or of another index")
+            raise self.refused("unknown", "a reference to a span is forged, revoked, or of another index")
         if entry.expires <= self._clock():
-            raise self._refused("expired", f"a reference to a span is older than {self.seconds:g} s; retrieve again")
-        if not hmac.compare_digest(entry.scope.encode(), scope.encode()):
-            raise self._refused("scope", "a reference to a span was made in another scope")
+            raise self.refused("expired", f"a reference to a span is older than {self.seconds:g} s; retrieve again")
+        if not hmac.compare_digest(_bytes(entry.scope), _bytes(scope)):
+            raise self.refused("scope", "a reference to a span was made in another scope")
         return entry.chunk_id
 
     def revoke(self, *, scope: str | None = None, chunk_id: str | None = None) -> None:
-        """Refuse from now on what was minted in a scope or for a chunk (in "mac" mode: by this process)."""
+        """Refuse from now on what was minted in a scope or for a chunk.
+
+        In "mac" mode only this process refuses, and it refuses what is minted again for three epochs too: a reference
+        minted later is the same string. Take a new scope instead.
+        """
         if (scope is None) == (chunk_id is None):
             raise InputError("expected either a scope or a chunk_id to revoke")
         kind, name = ("scope", scope) if scope is not None else ("chunk", chunk_id or "")
         with self._lock:
             if self.mode == "mac":
-                self._revoked[(kind, name)] = self._clock() + 2 * self.seconds
+                self._revoked[(kind, name)] = self._clock() + 3 * self.seconds  # of a clock that is ahead too
                 self._sweep()
             else:  # forgotten at once; what is minted later is good again
                 self._entries = {r: e for r, e in self._entries.items()
                                  if name != (e.scope if kind == "scope" else e.chunk_id)}
+
+    def refused(self, reason: Reason, message: str) -> SpanReferenceError:
+        """Count a refusal and make its error; for what only shows after `resolve`, a chunk that was deleted say."""
+        with self._lock:
+            self.rejected[reason] += 1
+        return SpanReferenceError(reason, message)
 
     def __len__(self) -> int:
         """References remembered ("mac" mode remembers none)."""
@@ -133,35 +153,40 @@ class SpanReferences:
             self._sweep(now=True)
             return len(self._entries)
 
+    def __bool__(self) -> bool:
+        return True  # also without entries: `references or SpanReferences()` must not take another one
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("references cannot be pickled or copied: they hold a key, or what only this process knows; "
+                        "make them in each process, with mode='mac'")
+
     def _epoch(self) -> int:
         return int(self._clock() // self.seconds)
 
     def _mac(self, what: bytes, *fields: bytes) -> bytes:
         assert self._key is not None
-        message = b"".join(len(f).to_bytes(8, "big") + f for f in (what, self.index_id.encode(), *fields))
+        message = b"".join(len(f).to_bytes(8, "big") + f for f in (what, _bytes(self.index_id), *fields))
         return hmac.new(self._key, message, hashlib.sha256).digest()[:16]
 
     def _sealed(self, chunk: bytes, scope: str, epoch: int) -> str:
-        tag = self._mac(b"tag", scope.encode(), epoch.to_bytes(8, "big"), chunk)
+        tag = self._tag(chunk, scope, epoch)
         return _spell(_xor(chunk, self._mac(b"mask", tag)), tag)
+
+    def _tag(self, chunk: bytes, scope: str, epoch: int) -> bytes:
+        return self._mac(b"tag", _bytes(scope), str(epoch).encode(), chunk)
 
     def _open(self, handle: bytes, tag: bytes, scope: str) -> str:
         chunk = _xor(handle, self._mac(b"mask", tag))
-        for epoch in (self._epoch(), self._epoch() - 1):
-            expected = self._mac(b"tag", scope.encode(), max(0, epoch).to_bytes(8, "big"), chunk)
-            if hmac.compare_digest(expected, tag) and not self._is_revoked(chunk.hex(), scope):
+        now = self._epoch()
+        for epoch in (now, now - 1, now + 1):
+            if hmac.compare_digest(self._tag(chunk, scope, epoch), tag) and not self._is_revoked(chunk.hex(), scope):
                 return chunk.hex()
-        raise self._refused("unknown", "a reference to a span is forged, expired, revoked, or of another scope")
+        raise self.refused("unknown", "a reference to a span is forged, expired, revoked, or of another scope")
 
     def _is_revoked(self, chunk_id: str, scope: str) -> bool:
         now = self._clock()
         with self._lock:
             return any(self._revoked.get(n, 0.0) > now for n in (("scope", scope), ("chunk", chunk_id)))
-
-    def _refused(self, reason: Reason, message: str) -> SpanReferenceError:
-        with self._lock:
-            self.rejected[reason] += 1
-        return SpanReferenceError(reason, message)
 
     def _sweep(self, now: bool = False) -> None:
         """Forget what has expired; now and then only, since it walks all entries."""
@@ -189,12 +214,19 @@ def find_references(text: str) -> list[str]:
 
 
 def has_cut_reference(text: str) -> bool:
-    """Whether text that is no reference holds the beginning of one: a text splitter has cut it."""
-    return _PREFIX in text
+    """Whether text that is no reference holds a piece of one: a text splitter has cut it.
+
+    Wherever a reference is cut in two, one of the pieces at least is noticed.
+    """
+    return _PREFIX in text or _BEHEADED.search(text) is not None
 
 
 def _spell(handle: bytes, tag: bytes) -> str:
     return f"{_PREFIX}{_base64(handle)}:{_base64(tag)}]]"
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode(errors="surrogatepass")  # any string is a scope, and no two are the same one
 
 
 def _base64(value: bytes) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding.splice import EmbeddedRun, SplicedPrompt
@@ -31,10 +32,16 @@ class DecodingState:
     positions: Tensor
 
     def keep(self, rows: list[int]) -> None:
-        """Drop the other rows."""
+        """Drop the other rows, and the padding that only they needed: a batch that never empties stays bounded."""
         index = torch.tensor(rows, device=self.mask.device)
         self.logits, self.mask, self.positions = self.logits[index], self.mask[index], self.positions[index]
-        self.cache.batch_select_indices(index)
+        padding = int(self.mask.any(0).int().argmax())
+        layers: list[Any] = list(self.cache.layers)
+        if padding and all(type(layer) is DynamicLayer for layer in layers):  # others count what they have seen
+            self.mask = self.mask[:, padding:]
+            for layer in layers:
+                layer.keys, layer.values = layer.keys[:, :, padding:], layer.values[:, :, padding:]
+        self.cache.batch_select_indices(index)  # copies: what was cut off is freed
 
 
 def prefill(prompts: Sequence[SplicedPrompt], backbone: Backbone) -> DecodingState:

@@ -68,6 +68,8 @@ class FrozenDecoder:
             if len(settled) > shown:
                 yield settled[shown:]
                 shown = len(settled)
+        if request.error is not None:
+            raise request.error
 
     @torch.inference_mode()
     def request(self, parts: Sequence[Part], settings: GenerationSettings | None = None) -> Request:

@@ -72,9 +72,20 @@ class Sampler:
                 self.warpers.append(TopPLogitsWarper(settings.top_p))
 
     def pick(self, logits: Tensor) -> int:
-        """Token id from logits (vocab_size,)."""
+        """Token id from logits (vocab_size,).
+
+        Raises:
+            InputError: the logits are not numbers; argmax would answer nonsense, and sampling would end the process
+                on a GPU.
+        """
+        best = logits.max(-1)
+        if not math.isfinite(best.values):
+            raise InputError(f"the decoder's scores for the next token are not numbers (the largest is "
+                             f"{float(best.values)}): a span of the prompt, or the weights, hold values that are not "
+                             f"finite or overflow in {str(logits.dtype).removeprefix('torch.')}. Check the index with "
+                             "verify, or load the decoder in float32")
         if self.greedy:
-            return int(logits.argmax())
+            return int(best.indices)
         seen: Any = torch.empty(1, 0, dtype=torch.long, device=logits.device)
         unscaled: Any = logits[None].float()
         scores = self.warpers(seen, unscaled)

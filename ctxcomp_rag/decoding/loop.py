@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,10 +20,13 @@ class Request:
     prompt: SplicedPrompt
     progress: Progress
     sampler: Sampler
+    error: Exception | None = None
 
     @property
     def generation(self) -> Generation:
-        """The finished answer."""
+        """The finished answer; raises what went wrong in this row."""
+        if self.error is not None:
+            raise self.error
         done = self.progress
         assert done.finish_reason is not None
         return Generation(done.text, tuple(done.token_ids), done.finish_reason, self.prompt.usage, done.num_generated)
@@ -40,23 +43,31 @@ class DecodingLoop:
 
     @torch.inference_mode()
     def admit(self, requests: Sequence[Request]) -> None:
-        """Prefill the prompts and let them join."""
+        """Prefill the prompts and let them join. Where that fails, the rows that are there are as they were.
+
+        Call `feed` before: its failure is not the new rows' fault.
+        """
         if not requests:
             return
         fresh = prefill([r.prompt for r in requests], self.backbone)
-        self._feed()
+        self.feed()
         self._state = fresh if self._state is None else merge([self._state, fresh], self.backbone)
         self.rows += requests
+        for request in requests:  # the cache holds it now; a caller may keep its request for long
+            request.prompt = replace(request.prompt, runs=())
 
     @torch.inference_mode()
     def advance(self) -> list[Request]:
-        """Pick one token for every row; returns the requests that ended, which leave."""
-        self._feed()
+        """Pick one token for every row; returns the requests that ended, well or with an `error`, which leave."""
+        self.feed()
         assert self._state is not None
         for row, request in enumerate(self.rows):
-            request.progress.accept(request.sampler.pick(self._state.logits[row]))
+            try:
+                request.progress.accept(request.sampler.pick(self._state.logits[row]))
+            except Exception as error:  # logits that are not numbers, say: the other rows' are
+                request.error = error
         self._owed = True
-        ended = [r for r in self.rows if r.progress.finish_reason is not None]
+        ended = [r for r in self.rows if r.progress.finish_reason is not None or r.error is not None]
         self.drop(ended)
         return ended
 
@@ -72,7 +83,9 @@ class DecodingLoop:
         elif self._state is not None:
             self._state.keep(kept)
 
-    def _feed(self) -> None:
+    @torch.inference_mode()
+    def feed(self) -> None:
+        """Run the decoder on the tokens picked last, if that is still to do. Not to be gone on from if it fails."""
         if self._owed and self._state is not None:
             step(self._state, [r.progress.token_ids[-1] for r in self.rows], self.backbone)
         self._owed = False

@@ -168,6 +168,11 @@ class MemoryIndex:
         """Number of the commit that this object reads. Every write raises it; no two states of a folder share one."""
         return self._table.version
 
+    @property
+    def is_writer(self) -> bool:
+        """Whether this object holds the writer's lock: nobody else commits, so there is nothing to refresh."""
+        return self._writer.held
+
     def refresh(self) -> None:
         """See what other processes have committed since."""
         with self._writing, self._state:
