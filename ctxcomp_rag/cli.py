@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from ctxcomp_rag.errors import CtxcompError, IndexDamagedError
+from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, InputError
 
 app = typer.Typer(name="ctxcomp", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Compress documents once into memory spans; answer questions from the spliced spans.")
@@ -71,6 +71,8 @@ def precompress(
     out: Annotated[Path, typer.Option(help="Folder of the index; an index made by the same compressor is added to.")],
     compressor: Annotated[str, typer.Option(help="Method name, or folder of a saved compressor.")] = "icae",
     factor: Annotated[float | None, typer.Option(help="Source tokens per slot (default: the compressor's).")] = None,
+    budget: Annotated[str | None, typer.Option(help="Size of a chunk's span, for methods that need no training: "
+                                               "256slots, 64KiB or 4x.")] = None,
     model: Model = "embedded",
     chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk (default: the compressor's).")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,
@@ -85,17 +87,20 @@ def precompress(
     """Compress documents into an index. Run it again to resume: what is committed is not done twice."""
     from ctxcomp_rag.readers import read_documents
 
+    if budget is not None and factor is not None:
+        raise InputError(f"--factor {factor:g} and --budget {budget} both say how large a span is; give one of them")
     failures: dict[str, str] = {}
     documents = list(read_documents(paths, text_column=text_column, id_column=id_column,
                                     metadata_columns=metadata_column or (), on_error=on_error.value,
                                     on_skip=lambda name, error: failures.update({name: str(error)})))
     if dry_run:
-        result = _estimate(documents, model, compressor, factor, chunk_tokens, overlap_tokens, on_error.value, failures)
+        result = _estimate(documents, model, compressor, factor, budget, chunk_tokens, overlap_tokens, on_error.value,
+                           failures)
     else:
         from ctxcomp_rag.pipeline import CompressedRAG
 
         _quiet()
-        with CompressedRAG.create(out, model=model, compressor=compressor) as rag, \
+        with CompressedRAG.create(out, model=model, compressor=compressor, budget=budget) as rag, \
                 tqdm(total=len(documents), unit="doc", desc="precompress", file=sys.stderr, disable=None) as bar:
             tokens = 0
 
@@ -125,15 +130,15 @@ def precompress(
                    f"{result['removed']} outdated ones removed, {len(failures)} failures, {result['seconds']:.1f} s")
 
 
-def _estimate(documents: list[Any], model: str, compressor: str, factor: float | None, chunk_tokens: int | None,
-              overlap: int, on_error: str, failures: dict[str, str]) -> dict[str, Any]:
+def _estimate(documents: list[Any], model: str, compressor: str, factor: float | None, budget: str | None,
+              chunk_tokens: int | None, overlap: int, on_error: str, failures: dict[str, str]) -> dict[str, Any]:
     from ctxcomp_rag.backbone import load_frozen
     from ctxcomp_rag.chunking import split_document
     from ctxcomp_rag.pipeline import chunk_limit, load_trained_compressor
 
     _quiet()
     backbone = load_frozen(model)
-    maker = load_trained_compressor(compressor, backbone)
+    maker = load_trained_compressor(compressor, backbone, budget)
     limit = chunk_limit(maker, chunk_tokens)
     chunks = []
     done = 0
@@ -148,7 +153,7 @@ def _estimate(documents: list[Any], model: str, compressor: str, factor: float |
     slots = sum(maker.num_slots(c.num_tokens, factor) for c in chunks)
     return {"dry_run": True, "documents": done, "chunks": len(chunks), "failures": failures,
             "source_tokens": sum(c.num_tokens for c in chunks), "slots": slots,
-            "bytes": slots * backbone.hidden_size * backbone.dtype.itemsize}
+            "bytes": slots * maker.slot_bytes}
 
 
 @app.command()
@@ -256,7 +261,6 @@ def import_(
 ) -> None:
     """Turn an official checkpoint into a compressor folder."""
     from ctxcomp_rag.backbone import load_frozen
-    from ctxcomp_rag.errors import InputError
     from ctxcomp_rag.importers import import_official
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

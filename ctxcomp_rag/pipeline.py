@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, load_frozen
 from ctxcomp_rag.chunking import Chunk, Document, split_document
-from ctxcomp_rag.compressors import COMPRESSORS, Compressor, compressor_class, load_compressor
+from ctxcomp_rag.compressors import COMPRESSORS, Budget, Compressor, compressor_class, load_compressor
 from ctxcomp_rag.decoding import (
     FrozenDecoder,
     GenerationSettings,
@@ -85,18 +85,19 @@ class CompressedRAG:
 
     @classmethod
     def create(cls, path: str | Path, *, model: str | Path = EMBEDDED_MODEL, compressor: str | Path = "icae",
-               encoder: RetrievalEncoder | str | None = None) -> Self:
+               budget: str | None = None, encoder: RetrievalEncoder | str | None = None) -> Self:
         """Start a new index, or go on with one that the same decoder and compressor made.
 
         Args:
             model: see `load_frozen`.
             compressor: name of a method ("icae": the trained compressor of the embedded model; "infinipot": needs no
                 training, any full-attention RoPE decoder), or the folder of a saved compressor.
+            budget: size of a chunk's span, for methods that need no training: "256slots", "64KiB" or "4x".
         """
         index = MemoryIndex.open(path) if Path(path).is_dir() and any(Path(path).iterdir()) else None
         # an index fixes the dtype: spans of float32 and of bfloat16 weights are not the same
         backbone = load_frozen(model, dtype=index.spec.decoder.dtype if index else None)
-        maker = load_trained_compressor(compressor, backbone)
+        maker = load_trained_compressor(compressor, backbone, budget)
         retriever = load_retrieval_encoder(encoder or DEFAULT_ENCODER)
         if index:
             index.spec.require_compressor(maker.spec)
@@ -301,11 +302,16 @@ def without_leading_space(pieces: Iterator[str]) -> Iterator[str]:
             yield shown
 
 
-def load_trained_compressor(compressor: str | Path, backbone: Backbone) -> Compressor:
+def load_trained_compressor(compressor: str | Path, backbone: Backbone, budget: str | None = None) -> Compressor:
     """A saved compressor by folder, or by method name the one that needs no folder (see `Compressor.ready_for`)."""
+    size = Budget.parse(budget) if budget is not None else None
     if str(compressor) not in COMPRESSORS and Path(compressor).is_dir():
+        if size is not None:
+            raise InputError(f"the settings in {str(compressor)!r} say how large a span is; leave the budget out, or "
+                             "name a method instead of a folder")
         return load_compressor(compressor, backbone)
-    return compressor_class(str(compressor)).ready_for(backbone)  # a method's name wins over a folder of that name
+    # a method's name wins over a folder of that name
+    return compressor_class(str(compressor)).ready_for(backbone, size)
 
 
 __all__ = [

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ctxcomp_rag import CompressedRAG, Document, GenerationSettings
 from ctxcomp_rag.backbone import load_frozen
 from ctxcomp_rag.compressors.infinipot import InfiniPotCompressor, InfiniPotConfig
-from ctxcomp_rag.compressors.kv_scores import SnapKV
+from ctxcomp_rag.kv.scores import SnapKV
 from ctxcomp_rag.errors import UnsupportedModelError
 from ctxcomp_rag.pipeline import load_trained_compressor
 from ctxcomp_rag.spans import KVSpan

@@ -3,6 +3,7 @@
 from ctxcomp_rag.decoding.decoder import FrozenDecoder
 from ctxcomp_rag.decoding.generation import Generation, GenerationSettings
 from ctxcomp_rag.decoding.prompt import (
+    Blended,
     Delimiter,
     Message,
     Part,
@@ -15,6 +16,6 @@ from ctxcomp_rag.decoding.prompt import (
 from ctxcomp_rag.decoding.scheduler import RequestScheduler, Ticket
 from ctxcomp_rag.decoding.splice import PromptUsage, SplicedPrompt, splice
 
-__all__ = ["Delimiter", "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "PromptUsage",
+__all__ = ["Blended", "Delimiter", "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "PromptUsage",
            "RequestScheduler", "SplicedPrompt", "Text", "Ticket", "TokenIds", "enclosed", "reconstruction_prompt",
            "render_chat", "splice"]

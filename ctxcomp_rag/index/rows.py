@@ -36,6 +36,8 @@ def span_to_bytes(span: MemorySpan) -> bytes:
         tensors["embeds"] = span.embeds
     elif isinstance(span, KVSpan):
         tensors |= {"keys": span.keys, "values": span.values}
+        if span.kept is not None:
+            tensors["kept"] = span.kept
     else:
         raise InputError(f"expected a SoftSpan or a KVSpan, got {type(span).__name__}")
     about = {"kind": span.kind, "chunk_id": span.chunk_id, "num_source_tokens": span.num_source_tokens,
@@ -56,7 +58,7 @@ def span_from_bytes(data: bytes) -> MemorySpan:
         about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["span"])
         common = (about["chunk_id"], about["num_source_tokens"], tensors["positions"], about["num_positions"])
         if about["kind"] == "kv":
-            return KVSpan(*common, tensors["keys"], tensors["values"])
+            return KVSpan(*common, tensors["keys"], tensors["values"], tensors.get("kept"))
         return SoftSpan(*common, tensors["embeds"])
     except (safetensors.SafetensorError, struct.error, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"not a memory span: {error}") from error

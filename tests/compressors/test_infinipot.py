@@ -15,12 +15,13 @@ from transformers import DynamicCache, GPTNeoXConfig, PreTrainedModel
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors.infinipot import QUESTION_CATALYST, InfiniPotCompressor, InfiniPotConfig
-from ctxcomp_rag.compressors.kv_scores import CaP, Entries, InfiniPot, NuC, SnapKV, StreamingLLM
-from ctxcomp_rag.compressors.pot import ContextPot
+from ctxcomp_rag.kv.scores import CaP, Entries, InfiniPot, NuC, SnapKV, StreamingLLM
+from ctxcomp_rag.kv.pot import ContextPot
 from ctxcomp_rag.decoding import FrozenDecoder, Part, TokenIds
 from ctxcomp_rag.errors import InputError, UnsupportedModelError
 from ctxcomp_rag.spans import KVSpan
 from tests.compressors.contract import CompressorContract, assert_same_span
+from tests.slow_infinipot import SlowPot, eager_model
 from tests.tiny_models import FULL_ATTENTION_ROPE, tiny_backbone, tiny_config, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -65,21 +66,16 @@ def test_a_budget_of_the_whole_text_changes_nothing(name: str, step: int) -> Non
     backbone = tiny_backbone(name)
     compressor = infinipot(InfiniPotConfig(compression_factor=1.0, step_tokens=step), name)
     text = "The lighthouse of Varn was built in 1871; its stairs are red. It is 31 metres high."
-    [(span, indices)] = compressor.compress_with_indices([chunk_of(backbone, text)])
+    [span] = compressor.compress([chunk_of(backbone, text)])
     ids = backbone.tokenizer.encode(text)
-    assert indices.tolist() == torch.arange(len(ids)).expand(2, 2, -1).tolist()
+    assert span.kept is not None
+    assert span.kept.tolist() == torch.arange(len(ids)).expand(2, 2, -1).tolist()
     with torch.inference_mode():
         plain = backbone.model(torch.tensor([[*ids, *QUESTION]])).logits[0, len(ids) :]
     torch.testing.assert_close(FrozenDecoder(backbone).logits([span, TokenIds(QUESTION)]), plain, atol=1e-4, rtol=0)
 
 
 # -- the two scores ---------------------------------------------------------------------------------------------------
-
-
-def eager_model(backbone: Backbone) -> PreTrainedModel:
-    model = backbone.second_tree()
-    model.set_attn_implementation("eager")
-    return model
 
 
 @pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
@@ -143,64 +139,6 @@ def test_kept_keys_are_the_keys_of_the_same_hidden_states_at_their_new_positions
         torch.testing.assert_close(pot.values[0][head], cache.layers[0].values[0, head], atol=1e-4, rtol=0)
 
 
-def rotate_half(row: Tensor) -> Tensor:
-    return torch.cat([-row[len(row) // 2 :], row[: len(row) // 2]])
-
-
-def best_first(scores: list[float]) -> list[int]:
-    return sorted(range(len(scores)), key=lambda i: -scores[i])
-
-
-def slow_infinipot(backbone: Backbone, ids: list[int], catalyst: list[int], room: int, keep: int,
-                   alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """InfiniPot with eager attention, one token at a time, one head at a time. (keys, values, indices)."""
-    model: Any = eager_model(backbone)
-    layers, heads = 2, 2
-
-    def turned(key: Tensor, old: int, new: int) -> Tensor:
-        cos, sin = model.model.rotary_emb(key[None], torch.tensor([[old]]))
-        dim = cos.shape[-1]
-        plain = key[:dim] * cos[0, 0] - rotate_half(key[:dim]) * sin[0, 0]
-        cos, sin = model.model.rotary_emb(key[None], torch.tensor([[new]]))
-        return torch.cat([plain * cos[0, 0] + rotate_half(plain) * sin[0, 0], key[dim:]])
-
-    cache: Any = DynamicCache(config=model.config)
-    held = [[[] for _ in range(heads)] for _ in range(layers)]  # type: ignore[var-annotated]
-    novelty: dict[int, float] = {}
-    foretold: Tensor | None = None
-    size = 0
-    for number, token in enumerate(ids):
-        novelty[number] = math.inf if foretold is None else -float(foretold.log_softmax(-1)[token])
-        out = model(torch.tensor([[token]]), position_ids=torch.tensor([[size]]), past_key_values=cache)
-        foretold = out.logits[0, -1]
-        size += 1
-        for of_layer in held:
-            for of_head in of_layer:
-                of_head.append(number)
-        if (size < room and number < len(ids) - 1) or size <= keep:
-            continue
-        places = torch.arange(size, size + len(catalyst))[None]
-        weights = model(torch.tensor([catalyst]), position_ids=places, past_key_values=cache,
-                        output_attentions=True).attentions
-        fresh: Any = DynamicCache(config=model.config)
-        for layer in range(layers):
-            keys, values = [], []
-            for head in range(heads):
-                tokens = held[layer][head]
-                mass = weights[layer][0, 2 * head : 2 * head + 2, :, :size].sum((0, 1)).tolist()
-                novel = best_first([novelty[t] for t in tokens])[: int(alpha * keep)]
-                rest = [i for i in best_first(mass) if i not in novel]
-                best = sorted(novel + rest[: keep - len(novel)])
-                old = cache.layers[layer]
-                keys.append(torch.stack([turned(old.keys[0, head, p], p, j) for j, p in enumerate(best)]))
-                values.append(old.values[0, head, best])
-                held[layer][head] = [tokens[p] for p in best]
-            fresh.update(torch.stack(keys)[None], torch.stack(values)[None], layer)
-        cache, size = fresh, keep
-    return (torch.stack([layer.keys[0] for layer in cache.layers]),
-            torch.stack([layer.values[0] for layer in cache.layers]), torch.tensor(held))
-
-
 @pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
 @pytest.mark.parametrize("pots", [1, 2, 6])
 def test_any_number_of_pots_equals_the_slow_reference(name: str, pots: int) -> None:
@@ -209,19 +147,25 @@ def test_any_number_of_pots_equals_the_slow_reference(name: str, pots: int) -> N
     keep = 13
     room = {1: 70, 2: 42, 6: 23}[pots]
     config = InfiniPotConfig(pot_tokens=room + len(catalyst), catalyst="So:", step_tokens=8)
+    slow = SlowPot(backbone, catalyst)
     with torch.no_grad():
-        keys, values, indices = slow_infinipot(backbone, IDS, catalyst, room, keep, alpha=0.5)
+        for number, token in enumerate(IDS):
+            slow.read(token)
+            if slow.size > keep and (slow.size == room or number == len(IDS) - 1):
+                slow.distil(keep)
     pot = infinipot(config, name).distilled(IDS, keep)
-    assert pot.indices.equal(indices)
-    torch.testing.assert_close(torch.stack(pot.keys), keys, atol=2e-4, rtol=0)
-    torch.testing.assert_close(torch.stack(pot.values), values, atol=2e-4, rtol=0)
+    assert pot.indices.tolist() == slow.held
+    for layer in range(2):
+        torch.testing.assert_close(pot.keys[layer], slow.cache.layers[layer].keys[0], atol=2e-4, rtol=0)
+        torch.testing.assert_close(pot.values[layer], slow.cache.layers[layer].values[0], atol=2e-4, rtol=0)
 
 
 def test_the_order_of_the_text_is_kept_and_positions_are_consecutive() -> None:
     compressor = infinipot(InfiniPotConfig(pot_tokens=40, catalyst="So:"))
     chunk = chunk_of(compressor.backbone, "One two three four five six seven eight nine ten. " * 3)
-    [(span, indices)] = compressor.compress_with_indices([chunk])
-    assert bool((indices.diff(dim=-1) > 0).all())
+    [span] = compressor.compress([chunk])
+    assert span.kept is not None
+    assert bool((span.kept.diff(dim=-1) > 0).all())
     assert (span.positions.tolist(), span.num_positions) == (list(range(span.num_slots)), span.num_slots)
     assert span.num_slots == math.ceil(chunk.num_tokens / 4)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctxcomp_rag.compressors.attention import attention_mass
+from ctxcomp_rag.kv.attention import attention_mass
 from ctxcomp_rag.compressors.infinipot import InfiniPotCompressor, InfiniPotConfig
-from ctxcomp_rag.compressors.kv_scores import (
+from ctxcomp_rag.kv.scores import (
     H2O,
     RULES,
     CaP,
