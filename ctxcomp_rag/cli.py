@@ -164,6 +164,8 @@ def ask(
                                              "positions of the spans, or nothing.")] = AnswerMode.spans,
     top_k: Annotated[int, typer.Option(help="Chunks to retrieve.")] = 3,
     model: Annotated[str | None, typer.Option(help="Where the decoder is (default: the one the index names).")] = None,
+    cache_budget: Annotated[int | None, typer.Option(help="Most cache entries for prompt and answer; beyond it the "
+                                                     "decoder keeps what matters to the question.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -176,13 +178,14 @@ def ask(
 
     _quiet()
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    with CompressedRAG.open(index, model=model) as rag:
+    with CompressedRAG.open(index, model=model, cache_budget=cache_budget) as rag:
         began = time.perf_counter()
         answer = rag.answer(question, mode=mode.value, top_k=top_k, settings=settings)
         seconds = time.perf_counter() - began
         usage = {**answer.usage.__dict__, "positions": answer.usage.positions,
                  "completion_tokens": answer.completion_tokens, "seconds": round(seconds, 4),
-                 "cache_bytes": cache_bytes(rag.decoder, answer.usage.positions)}
+                 "cache_bytes": cache_bytes(rag.decoder, min(answer.usage.positions,
+                                                             cache_budget or answer.usage.positions))}
     sources = [{"id": s.chunk.id, "document_id": s.chunk.document_id, "start": s.chunk.start, "end": s.chunk.end,
                 "score": round(s.score, 6), "text": s.chunk.text, "metadata": dict(s.chunk.metadata)}
                for s in answer.sources]

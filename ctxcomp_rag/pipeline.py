@@ -12,6 +12,7 @@ from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, load_frozen
 from ctxcomp_rag.chunking import Chunk, Document, split_document
 from ctxcomp_rag.compressors import COMPRESSORS, Budget, Compressor, compressor_class, load_compressor
 from ctxcomp_rag.decoding import (
+    Blended,
     FrozenDecoder,
     GenerationSettings,
     Message,
@@ -26,6 +27,7 @@ from ctxcomp_rag.decoding import (
 from ctxcomp_rag.errors import CtxcompError, InputError
 from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
 from ctxcomp_rag.retrieval import DEFAULT_ENCODER, RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
+from ctxcomp_rag.spans import KVSpan
 
 Mode = Literal["spans", "text", "truncated", "none"]
 MODES: tuple[Mode, ...] = ("spans", "text", "truncated", "none")
@@ -68,20 +70,21 @@ class CompressedRAG:
         index: an open index whose spans were made for this decoder.
         encoder: anything with `.encode(list[str])`, the same one that made the index's vectors.
         compressor: needed to index; reading does without.
+        cache_budget: bound on the decoder's cache entries, see `FrozenDecoder`.
 
     Raises:
         IncompatibleSpanError: the index holds spans for another decoder.
     """
 
     def __init__(self, backbone: Backbone, index: MemoryIndex, encoder: RetrievalEncoder,
-                 compressor: Compressor | None = None) -> None:
+                 compressor: Compressor | None = None, *, cache_budget: int | None = None) -> None:
         index.spec.require_decoder(backbone.fingerprint)
         name = encoder_name(encoder)
         if index.retrieval_encoder != name:
             raise InputError(f"the index in {str(index.path)!r} was made with the retrieval encoder "
                              f"{index.retrieval_encoder!r}, got {name!r}; pass the one the index was made with")
         self.backbone, self.memory, self.encoder, self.compressor = backbone, index, encoder, compressor
-        self.decoder = FrozenDecoder(backbone)
+        self.decoder = FrozenDecoder(backbone, cache_budget=cache_budget)
 
     @classmethod
     def create(cls, path: str | Path, *, model: str | Path = EMBEDDED_MODEL, compressor: str | Path = "icae",
@@ -108,12 +111,13 @@ class CompressedRAG:
 
     @classmethod
     def open(cls, path: str | Path, *, model: str | Path | None = None,
-             encoder: RetrievalEncoder | str | None = None) -> Self:
+             encoder: RetrievalEncoder | str | None = None, cache_budget: int | None = None) -> Self:
         """Open an index for reading; the decoder is the one the index names unless `model` says where it is."""
         index = MemoryIndex.open(path, read_only=True)
         backbone = load_frozen(model if model is not None else index.spec.decoder.model_id,
                                revision=index.spec.decoder.revision or None, dtype=index.spec.decoder.dtype)
-        return cls(backbone, index, load_retrieval_encoder(encoder or index.retrieval_encoder))
+        return cls(backbone, index, load_retrieval_encoder(encoder or index.retrieval_encoder),
+                   cache_budget=cache_budget)
 
     # -- offline -----------------------------------------------------------------------------------------------------
 
@@ -217,12 +221,13 @@ class CompressedRAG:
                              "PATH... --out DIR first")
         return self.memory.search(embed_texts(self.encoder, [question]), top_k, where=where)[0]
 
-    def prompt(self, question: str, sources: Sequence[RetrievedSpan], mode: Mode = "spans") -> list[Part]:
+    def prompt(self, question: str, sources: Sequence[RetrievedSpan], mode: Mode = "spans", *,
+               blend: float = 0.0) -> list[Part]:
         """The parts of the prompt that answers `question` from `sources` (see `prompt_parts`)."""
         contents: list[list[Part]] = []
         for source in sources:
             if mode == "spans":
-                contents.append(enclosed(source.span, self.memory.spec))
+                contents.append(blended(source, blend) if blend else enclosed(source.span, self.memory.spec))
             elif mode == "text":
                 contents.append([source.chunk.text])
             elif mode == "truncated":
@@ -230,22 +235,27 @@ class CompressedRAG:
         return prompt_parts(self.backbone, question, contents if mode != "none" else [])
 
     def answer(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
-               where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None) -> Answer:
+               where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None,
+               blend: float = 0.0) -> Answer:
         """Retrieve, splice and generate.
 
         Args:
             mode: what stands for the retrieved chunks: their spans, their text, the text truncated to the number of
                 positions that the spans take, or nothing.
+            blend: fraction of the slots of KV spans to compute anew, so that the chunks see each other (see
+                `Blended`); 0 leaves the spans independent.
         """
         sources = self._sources(question, mode, top_k, where)
-        made = self.decoder.generate(self.prompt(question, sources, mode), settings)
+        made = self.decoder.generate(self.prompt(question, sources, mode, blend=blend), settings, question=question)
         return Answer(made.text.strip(), tuple(sources), made.usage, made.completion_tokens, made.finish_reason)
 
     def stream(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
-               where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None) -> Iterator[str]:
+               where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None,
+               blend: float = 0.0) -> Iterator[str]:
         """Like `answer`, in pieces of text as they are generated; close the iterator to cancel."""
         sources = self._sources(question, mode, top_k, where)
-        return without_leading_space(self.decoder.stream(self.prompt(question, sources, mode), settings))
+        parts = self.prompt(question, sources, mode, blend=blend)
+        return without_leading_space(self.decoder.stream(parts, settings, question=question))
 
     def reconstruct(self, span: RetrievedSpan, *, max_new_tokens: int | None = None) -> str:
         """The text that the decoder reads out of a span, for a look at what compression kept."""
@@ -285,6 +295,14 @@ def prompt_parts(backbone: Backbone, question: str, contents: Sequence[Sequence[
     # One part for "\n\nQuestion: ..." keeps the tokens that training saw; it may not be cut before the question.
     body = [*body[:-1], f"\n\nQuestion: {question}"]
     return render_chat(backbone.tokenizer, [Message("user", tuple(body))])
+
+
+def blended(source: RetrievedSpan, fraction: float) -> list[Part]:
+    """A retrieved KV span to be blended; raises InputError for a soft span."""
+    if not isinstance(source.span, KVSpan):
+        raise InputError(f"only KV spans can be blended, and the span of chunk {source.chunk.id!r} is a "
+                         f"{source.span.kind} span; leave `blend` at 0")
+    return [Blended(source.span, source.chunk.text, fraction)]
 
 
 def truncated_part(backbone: Backbone, chunk: Chunk, num_tokens: int) -> TokenIds:

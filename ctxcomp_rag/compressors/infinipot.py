@@ -86,6 +86,9 @@ class InfiniPotConfig:
                 raise InputError(f"expected {name} of at least {least}, got {value}")
         if self.slot_dtype not in ("decoder", "bfloat16"):
             raise InputError(f"expected slot_dtype='decoder' or 'bfloat16', got {self.slot_dtype!r}")
+        if self.rule.reading and (self.sink_slots or self.recent_slots):
+            raise InputError(f"the rule {self.rule.name!r} scores all entries together and keeps ends of its own; "
+                             "leave sink_slots and recent_slots at 0")
         if self.rule.queries == "catalyst" and not self.catalyst:
             raise InputError(f"the rule {self.rule.name!r} scores by a catalyst prompt; `catalyst` must not be empty")
 

@@ -36,7 +36,7 @@ class FrozenDecoder:
     """
 
     def __init__(self, backbone: Backbone, *, cache_budget: int | None = None) -> None:
-        self.backbone = backbone
+        self.backbone, self.cache_budget = backbone, cache_budget
         self.end_ids = _end_ids(backbone)
         self._budget = CacheBudget(backbone, cache_budget) if cache_budget is not None else None
 

@@ -234,7 +234,8 @@ class _Layout:
 def slot_ids(part: Blended, backbone: Backbone) -> list[int]:
     """Token ids of the slots of a span; raises InputError where a slot is not one token in all layers and heads."""
     span, name = part.span, f"span {part.span.chunk_id!r}"
-    ids = text_ids(part.source, backbone.tokenizer)
+    source = part.source
+    ids = list(source.ids) if isinstance(source, TokenIds) else text_ids(source, backbone.tokenizer)
     if len(ids) != span.num_source_tokens:
         raise InputError(f"{name} was made from {span.num_source_tokens} tokens, the source given to blend it has "
                          f"{len(ids)}; pass the text of its chunk")

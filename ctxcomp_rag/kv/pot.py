@@ -65,6 +65,7 @@ class ContextPot:
         self.catalyst, self.step_tokens = list(catalyst), step_tokens
         self.sink, self.recent = max(sink, rule.sink), max(recent, rule.recent)
         self.size = self.num_read = self.next_position = 0
+        rule.prepare(model)
         self._cache: Any = DynamicCache(config=model.config)
         attentions = attention_layers(model) if rule.queries != "none" else []
         self._scaling = [(scaling_of(a), softcap_of(a)) for a in attentions]

@@ -16,10 +16,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ctxcomp_rag.errors import InputError
 
@@ -103,6 +105,9 @@ class ScoringRule(ABC):
     def recent(self) -> int:
         return 0
 
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Called with the decoder before it reads; most rules need nothing from it."""
+
     @abstractmethod
     def score(self, entries: Entries) -> Tensor:
         """(num_kv_heads, n), or (n,) where the heads agree."""
@@ -116,6 +121,8 @@ class ScoringRule(ABC):
 RULES: dict[str, type[ScoringRule]] = {}
 """The rules by name; `scoring_rule` adds one."""
 
+_WITH_EXTRA_PACKAGES = {"kvpress": "ctxcomp_rag.kv.press:KVPress"}
+
 _Rule = TypeVar("_Rule", bound=type[ScoringRule])
 
 
@@ -127,9 +134,13 @@ def scoring_rule(rule: _Rule) -> _Rule:
 
 def make_rule(name: str, settings: Mapping[str, Any] | None = None) -> ScoringRule:
     """The rule of that name; raises InputError naming the rules, or the settings, that there are."""
-    if name not in RULES:
-        raise InputError(f"there is no scoring rule {name!r}; expected one of {', '.join(sorted(RULES))}")
-    rule: Any = RULES[name]
+    rule: Any = RULES.get(name)
+    if name in _WITH_EXTRA_PACKAGES:
+        module, attribute = _WITH_EXTRA_PACKAGES[name].split(":")
+        rule = getattr(import_module(module), attribute)
+    if rule is None:
+        known = sorted({*RULES, *_WITH_EXTRA_PACKAGES})
+        raise InputError(f"there is no scoring rule {name!r}; expected one of {', '.join(known)}")
     known = [f.name for f in fields(rule)]
     unknown = sorted(set(settings or {}) - set(known))
     if unknown:

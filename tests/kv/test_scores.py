@@ -60,7 +60,7 @@ def test_every_rule_of_the_registry_can_be_made_by_name_and_made_again_from_its_
 
 
 def test_unknown_rules_and_settings_are_named_with_the_ones_there_are() -> None:
-    with pytest.raises(InputError, match="no scoring rule 'tova'; expected one of cap, h2o, infinipot, key_norm, nuc"):
+    with pytest.raises(InputError, match="no scoring rule 'tova'; expected one of cap, h2o, infinipot, key_norm, kvpress, nuc"):
         make_rule("tova")
     with pytest.raises(InputError, match=r"'infinipot' has no setting 'beta'; expected one of alpha, reduce"):
         make_rule("infinipot", {"beta": 1})
