@@ -16,6 +16,6 @@ from ctxcomp_rag.decoding.prompt import (
 from ctxcomp_rag.decoding.scheduler import RequestScheduler, Ticket
 from ctxcomp_rag.decoding.splice import PromptUsage, SplicedPrompt, splice
 
-__all__ = ["Blended", "Delimiter", "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "PromptUsage",
-           "RequestScheduler", "SplicedPrompt", "Text", "Ticket", "TokenIds", "enclosed", "reconstruction_prompt",
-           "render_chat", "splice"]
+__all__ = ["Blended", "Delimiter", "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part",
+           "PromptUsage", "RequestScheduler", "SplicedPrompt", "Text", "Ticket", "TokenIds", "enclosed",
+           "reconstruction_prompt", "render_chat", "splice"]

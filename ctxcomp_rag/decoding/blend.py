@@ -51,7 +51,7 @@ def farthest(run: BlendedRun, cache: DynamicCache, backbone: Backbone) -> Tensor
     body(inputs_embeds=rows.embeds[None], position_ids=rows.positions[None], attention_mask=mask,
          past_key_values=probe, use_cache=True)
     here = probe.layers[depth - 1].keys[0, :, seen:]
-    missed = (here.float() - run.cached.keys[depth - 1].float()).pow(2).sum((0, 2))
+    missed: Tensor = (here.float() - run.cached.keys[depth - 1].float()).pow(2).sum((0, 2))
     return missed.topk(run.num_fresh).indices.sort().values
 
 

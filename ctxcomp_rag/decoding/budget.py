@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ctxcomp_rag.backbone import Backbone

@@ -134,7 +134,8 @@ def attention_weights(queries: Tensor, keys: Tensor, scaling: float, first: int,
     """Softmax weights (num_kv_heads, group, q, n) in float32; query i stands at entry `first + i` and sees up to it."""
     heads, q, dim = queries.shape
     kv_heads, n = keys.shape[:2]
-    products = (queries.reshape(kv_heads, heads // kv_heads, q, dim) @ keys[:, None].transpose(-1, -2)).float() * scaling
+    products = queries.reshape(kv_heads, heads // kv_heads, q, dim) @ keys[:, None].transpose(-1, -2)
+    products = products.float() * scaling
     if softcap is not None:
         products = softcap * (products / softcap).tanh()
     ahead = torch.arange(n, device=keys.device) > torch.arange(first, first + q, device=keys.device)[:, None]

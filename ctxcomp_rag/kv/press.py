@@ -105,8 +105,8 @@ class KVPress(ScoringRule):
 
 def _made(name: str, settings: Mapping[str, Any]) -> Any:
     if not name.isidentifier():
-        raise InputError(f"the press {name!r} is not part of kvpress, and settings on disk may import nothing else; make "
-                         "the compressor with KVPress(press) in Python")
+        raise InputError(f"the press {name!r} is not part of kvpress, and settings on disk may import nothing else; "
+                         "make the compressor with KVPress(press) in Python")
     try:
         package = import_module(_PACKAGE)
     except ImportError as error:

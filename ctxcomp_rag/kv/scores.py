@@ -105,7 +105,7 @@ class ScoringRule(ABC):
     def recent(self) -> int:
         return 0
 
-    def prepare(self, model: PreTrainedModel) -> None:
+    def prepare(self, model: PreTrainedModel) -> None:  # noqa: B027
         """Called with the decoder before it reads; most rules need nothing from it."""
 
     @abstractmethod

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GPTNeoXConfig, PreTrainedModel
+from transformers import DynamicCache, GPTNeoXConfig, Qwen3NextConfig
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.compressors import Budget, compressor_class
 from ctxcomp_rag.compressors.infinipot import QUESTION_CATALYST, InfiniPotCompressor, InfiniPotConfig
-from ctxcomp_rag.kv.scores import CaP, Entries, InfiniPot, NuC, SnapKV, StreamingLLM
-from ctxcomp_rag.kv.pot import ContextPot
 from ctxcomp_rag.decoding import FrozenDecoder, Part, TokenIds
 from ctxcomp_rag.errors import InputError, UnsupportedModelError
+from ctxcomp_rag.kv.pot import ContextPot
+from ctxcomp_rag.kv.scores import CaP, Entries, InfiniPot, NuC, SnapKV, StreamingLLM
 from ctxcomp_rag.spans import KVSpan
 from tests.compressors.contract import CompressorContract, assert_same_span
 from tests.slow_infinipot import SlowPot, eager_model
@@ -247,6 +249,52 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InputError, match="'cap' scores by a catalyst prompt; `catalyst` must not be empty"):
         InfiniPotConfig(rule=CaP(), catalyst="")
     assert InfiniPotConfig(rule=StreamingLLM(), catalyst="").rule.sink == 4
+    with pytest.raises(InputError, match="number of slots or of bytes, got num_slots=3 and span_bytes=100"):
+        InfiniPotConfig(num_slots=3, span_bytes=100)
+
+
+# -- budgets ---------------------------------------------------------------------------------------------------------
+
+SLOT_BYTES = 2 * 2 * 2 * 8 * 4  # keys and values, layers, kv heads, head size, float32
+
+
+@pytest.mark.parametrize(("budget", "slots"), [
+    ("7slots", 7), ("1 slot", 1), ("10x", 15), ("2.5x", 60), (f"{SLOT_BYTES * 9}B", 9),
+    (f"{SLOT_BYTES * 9 + SLOT_BYTES - 1}B", 9), ("2KiB", 2048 // SLOT_BYTES), ("0.5 KiB", 512 // SLOT_BYTES),
+    ("1GiB", 150), ("1000slots", 150),
+])
+def test_a_budget_is_slots_bytes_or_a_factor_and_never_more_than_the_text(budget: str, slots: int) -> None:
+    compressor = InfiniPotCompressor.ready_for(tiny_backbone("llama"), Budget.parse(budget))
+    [span] = compressor.compress([chunk_of(compressor.backbone, "~" * 150)])
+    assert span.num_source_tokens == 150
+    assert span.num_slots == slots == compressor.num_slots(150)
+    assert span.nbytes == slots * compressor.slot_bytes
+    assert compressor.slot_bytes == SLOT_BYTES
+
+
+def test_bytes_are_counted_as_the_slots_leave_the_pot() -> None:
+    config = InfiniPotConfig(span_bytes=SLOT_BYTES * 9, slot_dtype="bfloat16")
+    assert infinipot(config).num_slots(150) == 18
+
+
+@pytest.mark.parametrize("budget", ["", "4", "x", "-3slots", "4 X", "1e9slots", "64kb", "slots", "nanx"])
+def test_other_budgets_are_refused_with_an_example_of_each_kind(budget: str) -> None:
+    with pytest.raises(InputError, match=r"a budget such as '256slots', '64KiB' or '4x', got "):
+        Budget.parse(budget)
+
+
+def test_budgets_that_hold_nothing_are_refused_with_the_size_of_a_slot() -> None:
+    with pytest.raises(InputError, match=rf"takes {SLOT_BYTES} bytes, so a budget of 100 bytes holds none; raise it"):
+        infinipot(InfiniPotConfig(span_bytes=100))
+    with pytest.raises(InputError, match="num_slots of at least 1, got 0"):
+        InfiniPotCompressor.ready_for(tiny_backbone("llama"), Budget.parse("0slots"))
+    with pytest.raises(InputError, match=r"factor of at least 1, got 0\.5"):
+        Budget.parse("0.5x")
+
+
+def test_trained_methods_take_no_budget() -> None:
+    with pytest.raises(InputError, match=r"pcc spans have the size that the compressor was trained for.*--factor"):
+        compressor_class("pcc").ready_for(tiny_backbone("llama"), Budget.parse("4x"))
 
 
 # -- hooks and other models ------------------------------------------------------------------------------------------
@@ -297,6 +345,18 @@ def test_threads_that_compress_and_decode_at_once_do_not_disturb_each_other() ->
             for span, expected in zip(job.result(), alone, strict=True):
                 assert_same_span(span, expected)
         assert all(r.result().equal(logits) for r in reads)
+
+
+def test_linear_attention_is_refused_with_the_reason() -> None:
+    config = Qwen3NextConfig(
+        vocab_size=len(tiny_tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, linear_num_value_heads=2, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"], eos_token_id=1)
+    backbone = Backbone(tiny_model(config), tiny_tokenizer(), model_id="next")
+    for make in (InfiniPotCompressor, partial(FrozenDecoder, cache_budget=128)):
+        with pytest.raises(UnsupportedModelError, match=r"linear-attention layers .* keep a state and no keys"):
+            make(backbone)
 
 
 @pytest.mark.parametrize(("name", "reason"), [

@@ -158,7 +158,7 @@ def test_what_cannot_be_blended_is_refused_with_the_reason() -> None:
     backbone = tiny_backbone("llama")
     decoder = FrozenDecoder(backbone)
     span = span_of(backbone, InfiniPotConfig())
-    with pytest.raises(InputError, match="hold different tokens in different heads.*Keep every token"):
+    with pytest.raises(InputError, match=r"hold different tokens in different heads.*Keep every token"):
         decoder.splice(["x", Blended(span, TEXT, 0.2), "y"])
     with pytest.raises(InputError, match=r"made from \d+ tokens, the source given to blend it has \d+"):
         decoder.splice(["x", Blended(span, TEXT + TEXT, 0.2), "y"])

@@ -49,7 +49,8 @@ def read(prompt: BoundedPrompt) -> Tensor:
 
 
 def mixed(backbone: Backbone) -> list[Part]:
-    return [TokenIds(IDS[:9]), kv(backbone, IDS[9:17]), "and", soft(backbone, IDS[17:22], every=3), TokenIds(IDS[30:55])]
+    return [TokenIds(IDS[:9]), kv(backbone, IDS[9:17]), "and", soft(backbone, IDS[17:22], every=3),
+            TokenIds(IDS[30:55])]
 
 
 # -- it fits ---------------------------------------------------------------------------------------------------------

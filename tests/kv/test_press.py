@@ -110,9 +110,9 @@ def test_what_is_no_scorer_press_or_scores_in_another_shape_is_refused() -> None
 
     with pytest.raises(InputError, match=r"Odd gave scores of shape \(3,\), expected \(1, 2, 60\)"):
         infinipot(Odd()).distilled(IDS, 12)
-    with pytest.raises(InputError, match="expected a press with a method `score`.*got object"):
+    with pytest.raises(InputError, match=r"expected a press with a method `score`.*got object"):
         KVPress(object())
-    with pytest.raises(InputError, match="cannot score 60 entries.*NotImplementedError"):
+    with pytest.raises(InputError, match=r"cannot score 60 entries.*NotImplementedError"):
         infinipot(ScorerPress()).distilled(IDS, 12)
     with pytest.raises(InputError, match="'kvpress' scores all entries together"):
         InfiniPotConfig(rule=KVPress(Knorm()), sink_slots=2)
@@ -122,7 +122,7 @@ def test_presses_and_their_settings_tell_spans_apart(tmp_path: Path) -> None:
     specs = {infinipot(p).spec.fingerprint for p in (Knorm(), LastTokens(), Knorm(compression_ratio=0.5))}
     assert len(specs) == 3
     infinipot(Knorm()).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"'.*test_press:Knorm' is not part of kvpress, and settings on disk may import"):
+    with pytest.raises(InputError, match=r"'.*test_press:Knorm' is not part of kvpress, and settings on disk"):
         load_compressor(tmp_path, tiny_backbone("llama"))
 
 
