@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -133,6 +133,22 @@ class Backbone:
         shared: dict[int, Any] = {id(t): t for t in self.model.parameters()}
         shared |= {id(t): t for t in self.model.buffers()}
         tree: PreTrainedModel = copy.deepcopy(self.model, shared)
+        return tree
+
+    @cached_property
+    def first_layers(self) -> PreTrainedModel:
+        """The embedding and the first two layers as a model of their own, over the same tensors."""
+        tree = self.second_tree()
+        config = tree.config.get_text_config()
+        depth = int(config.num_hidden_layers)
+        stacks = [(parent, name, child) for parent in tree.modules() for name, child in parent.named_children()
+                  if isinstance(child, nn.ModuleList) and len(child) == depth]
+        if len(stacks) != 1:
+            raise UnsupportedModelError(f"{self.config.model_type!r} does not keep its {depth} layers in one list, so "
+                                        "its first layers cannot be run alone")
+        [(parent, name, stack)] = stacks
+        setattr(parent, name, stack[:2])
+        config.num_hidden_layers = min(2, depth)
         return tree
 
     @cached_property

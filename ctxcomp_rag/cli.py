@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ctxcomp_rag import cli_measure
 from ctxcomp_rag.cli_output import IndexDir, Json, Model, print_json, printable, quiet, to_err, to_out
-from ctxcomp_rag.errors import CtxcompError, IndexDamagedError
+from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, InputError
 
 app = typer.Typer(name="ctxcomp", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Compress documents once into memory spans; answer questions from the spliced spans.")
@@ -52,6 +52,8 @@ def precompress(
     out: Annotated[Path, typer.Option(help="Folder of the index; an index made by the same compressor is added to.")],
     compressor: Annotated[str, typer.Option(help="Method name, or folder of a saved compressor.")] = "icae",
     factor: Annotated[float | None, typer.Option(help="Source tokens per slot (default: the compressor's).")] = None,
+    budget: Annotated[str | None, typer.Option(help="Size of a chunk's span, for methods that need no training: "
+                                               "256slots, 64KiB or 4x.")] = None,
     model: Model = "embedded",
     chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk (default: the compressor's).")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,
@@ -68,17 +70,21 @@ def precompress(
     """Compress documents into an index. Run it again to resume: what is committed is not done twice."""
     from ctxcomp_rag.readers import read_documents
 
+    if budget is not None and factor is not None:
+        raise InputError(f"--factor {factor:g} and --budget {budget} both say how large a span is; give one of them")
     failures: dict[str, str] = {}
     documents = list(read_documents(paths, text_column=text_column, id_column=id_column,
                                     metadata_columns=metadata_column or (), on_error=on_error.value,
                                     on_skip=lambda name, error: failures.update({name: str(error)})))
     if dry_run:
-        result = _estimate(documents, model, compressor, factor, chunk_tokens, overlap_tokens, on_error.value, failures)
+        result = _estimate(documents, model, compressor, factor, budget, chunk_tokens, overlap_tokens, on_error.value,
+                           failures)
     else:
         from ctxcomp_rag.pipeline import CompressedRAG
 
         quiet()
-        with CompressedRAG.create(out, model=model, compressor=compressor, codec=codec) as rag, \
+        with CompressedRAG.create(out, model=model, compressor=compressor, codec=codec,
+                                  budget=budget) as rag, \
                 tqdm(total=len(documents), unit="doc", desc="precompress", file=sys.stderr, disable=None) as bar:
             tokens = 0
 
@@ -109,15 +115,15 @@ def precompress(
                      f"{result['removed']} outdated ones removed, {len(failures)} failures, {result['seconds']:.1f} s")
 
 
-def _estimate(documents: list[Any], model: str, compressor: str, factor: float | None, chunk_tokens: int | None,
-              overlap: int, on_error: str, failures: dict[str, str]) -> dict[str, Any]:
+def _estimate(documents: list[Any], model: str, compressor: str, factor: float | None, budget: str | None,
+              chunk_tokens: int | None, overlap: int, on_error: str, failures: dict[str, str]) -> dict[str, Any]:
     from ctxcomp_rag.backbone import load_frozen
     from ctxcomp_rag.chunking import split_document
     from ctxcomp_rag.pipeline import chunk_limit, load_trained_compressor
 
     quiet()
     backbone = load_frozen(model)
-    maker = load_trained_compressor(compressor, backbone)
+    maker = load_trained_compressor(compressor, backbone, budget)
     limit = chunk_limit(maker, chunk_tokens)
     chunks = []
     done = 0
@@ -132,7 +138,7 @@ def _estimate(documents: list[Any], model: str, compressor: str, factor: float |
     slots = sum(maker.num_slots(c.num_tokens, factor) for c in chunks)
     return {"dry_run": True, "documents": done, "chunks": len(chunks), "failures": failures,
             "source_tokens": sum(c.num_tokens for c in chunks), "slots": slots,
-            "bytes": slots * backbone.hidden_size * backbone.dtype.itemsize}
+            "bytes": slots * maker.slot_bytes}
 
 
 @app.command()
@@ -143,6 +149,8 @@ def ask(
                                              "positions of the spans, or nothing.")] = AnswerMode.spans,
     top_k: Annotated[int, typer.Option(help="Chunks to retrieve.")] = 3,
     model: Annotated[str | None, typer.Option(help="Where the decoder is (default: the one the index names).")] = None,
+    cache_budget: Annotated[int | None, typer.Option(help="Most cache entries for prompt and answer; beyond it the "
+                                                     "decoder keeps what matters to the question.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -155,13 +163,14 @@ def ask(
 
     quiet()
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    with CompressedRAG.open(index, model=model) as rag:
+    with CompressedRAG.open(index, model=model, cache_budget=cache_budget) as rag:
         began = time.perf_counter()
         answer = rag.answer(question, mode=mode.value, top_k=top_k, settings=settings)
         seconds = time.perf_counter() - began
         usage = {**answer.usage.__dict__, "positions": answer.usage.positions,
                  "completion_tokens": answer.completion_tokens, "seconds": round(seconds, 4),
-                 "cache_bytes": cache_bytes(rag.decoder, answer.usage.positions)}
+                 "cache_bytes": cache_bytes(rag.decoder, min(answer.usage.positions,
+                                                             cache_budget or answer.usage.positions))}
     sources = [{"id": s.chunk.id, "document_id": s.chunk.document_id, "start": s.chunk.start, "end": s.chunk.end,
                 "score": round(s.score, 6), "text": s.chunk.text, "metadata": dict(s.chunk.metadata)}
                for s in answer.sources]
@@ -240,7 +249,6 @@ def import_(
 ) -> None:
     """Turn an official checkpoint into a compressor folder."""
     from ctxcomp_rag.backbone import load_frozen
-    from ctxcomp_rag.errors import InputError
     from ctxcomp_rag.importers import import_official
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -283,8 +291,8 @@ def demo(seed: Annotated[int, typer.Option(help="Of the generated corpus: other 
                   *(f"{report.exact_match_retrieved[n]:g}" if n in report.exact_match_retrieved else "-"
                     for n in report.exact_match))
     to_out.print(table)
-    to_out.print(f"{report.questions} questions about {result.documents} generated documents with names never seen in "
-                 f"training (seed {result.seed}); {result.seconds:.0f} s in all")
+    to_out.print(f"{report.questions} questions about {result.documents} generated documents with names never seen "
+                 f"in training (seed {result.seed}); {result.seconds:.0f} s in all")
 
 
 def _interrupted(*_: object) -> NoReturn:

@@ -10,8 +10,9 @@ from typing import Any, Literal, Self
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, load_frozen
 from ctxcomp_rag.chunking import Chunk, Document, split_document
-from ctxcomp_rag.compressors import COMPRESSORS, Compressor, compressor_class, load_compressor
+from ctxcomp_rag.compressors import COMPRESSORS, Budget, Compressor, compressor_class, load_compressor
 from ctxcomp_rag.decoding import (
+    Blended,
     FrozenDecoder,
     GenerationSettings,
     Message,
@@ -27,6 +28,7 @@ from ctxcomp_rag.decoding import (
 from ctxcomp_rag.errors import CtxcompError, InputError
 from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
 from ctxcomp_rag.retrieval import DEFAULT_ENCODER, RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
+from ctxcomp_rag.spans import KVSpan
 
 Mode = Literal["spans", "text", "truncated", "none"]
 MODES: tuple[Mode, ...] = ("spans", "text", "truncated", "none")
@@ -71,37 +73,41 @@ class CompressedRAG:
         compressor: needed to index; reading does without.
         prerolled_bytes: main memory for the most used spans as keys and values that skip the decoder's layers at query
             time (see `ctxcomp_rag.decoding.preroll`); 0 splices every span as it is stored.
+        cache_budget: bound on the decoder's cache entries, see `FrozenDecoder`.
 
     Raises:
         IncompatibleSpanError: the index holds spans for another decoder.
     """
 
     def __init__(self, backbone: Backbone, index: MemoryIndex, encoder: RetrievalEncoder,
-                 compressor: Compressor | None = None, *, prerolled_bytes: int = 0) -> None:
+                 compressor: Compressor | None = None, *, prerolled_bytes: int = 0,
+                 cache_budget: int | None = None) -> None:
         index.spec.require_decoder(backbone.fingerprint)
         name = encoder_name(encoder)
         if index.retrieval_encoder != name:
             raise InputError(f"the index in {str(index.path)!r} was made with the retrieval encoder "
                              f"{index.retrieval_encoder!r}, got {name!r}; pass the one the index was made with")
         self.backbone, self.memory, self.encoder, self.compressor = backbone, index, encoder, compressor
-        self.decoder = FrozenDecoder(backbone)
+        self.decoder = FrozenDecoder(backbone, cache_budget=cache_budget)
         self.prerolled = PrerolledSpans(backbone, index.spec, prerolled_bytes) if prerolled_bytes else None
 
     @classmethod
     def create(cls, path: str | Path, *, model: str | Path = EMBEDDED_MODEL, compressor: str | Path = "icae",
-               encoder: RetrievalEncoder | str | None = None, codec: str | None = None) -> Self:
+               budget: str | None = None, encoder: RetrievalEncoder | str | None = None,
+               codec: str | None = None) -> Self:
         """Start a new index, or go on with one that the same decoder and compressor made.
 
         Args:
             model: see `load_frozen`.
             compressor: name of a method ("icae": the trained compressor of the embedded model; "infinipot": needs no
                 training, any full-attention RoPE decoder), or the folder of a saved compressor.
+            budget: size of a chunk's span, for methods that need no training: "256slots", "64KiB" or "4x".
             codec: how a new index stores spans ("exact" by default; see `ctxcomp_rag.index.codecs`).
         """
         index = MemoryIndex.open(path) if Path(path).is_dir() and any(Path(path).iterdir()) else None
         # an index fixes the dtype: spans of float32 and of bfloat16 weights are not the same
         backbone = load_frozen(model, dtype=index.spec.decoder.dtype if index else None)
-        maker = load_trained_compressor(compressor, backbone)
+        maker = load_trained_compressor(compressor, backbone, budget)
         retriever = load_retrieval_encoder(encoder or DEFAULT_ENCODER)
         if index:
             index.spec.require_compressor(maker.spec)
@@ -116,13 +122,14 @@ class CompressedRAG:
 
     @classmethod
     def open(cls, path: str | Path, *, model: str | Path | None = None,
-             encoder: RetrievalEncoder | str | None = None, prerolled_bytes: int = 0) -> Self:
+             encoder: RetrievalEncoder | str | None = None, prerolled_bytes: int = 0,
+             cache_budget: int | None = None) -> Self:
         """Open an index for reading; the decoder is the one the index names unless `model` says where it is."""
         index = MemoryIndex.open(path, read_only=True)
         backbone = load_frozen(model if model is not None else index.spec.decoder.model_id,
                                revision=index.spec.decoder.revision or None, dtype=index.spec.decoder.dtype)
         return cls(backbone, index, load_retrieval_encoder(encoder or index.retrieval_encoder),
-                   prerolled_bytes=prerolled_bytes)
+                   prerolled_bytes=prerolled_bytes, cache_budget=cache_budget)
 
     # -- offline -----------------------------------------------------------------------------------------------------
 
@@ -226,36 +233,48 @@ class CompressedRAG:
                              "PATH... --out DIR first")
         return self.memory.search(embed_texts(self.encoder, [question]), top_k, where=where)[0]
 
-    def prompt(self, question: str, sources: Sequence[RetrievedSpan], mode: Mode = "spans") -> list[Part]:
+    def prompt(self, question: str, sources: Sequence[RetrievedSpan], mode: Mode = "spans", *,
+               blend: float = 0.0) -> list[Part]:
         """The parts of the prompt that answers `question` from `sources` (see `prompt_parts`)."""
         contents: list[list[Part]] = []
         for source in sources:
             if mode == "spans":
-                contents.append([self.prerolled.get(source.span)] if self.prerolled
-                                else enclosed(source.span, self.memory.spec))
+                contents.append(self._content(source, blend))
             elif mode == "text":
                 contents.append([source.chunk.text])
             elif mode == "truncated":
                 contents.append([truncated_part(self.backbone, source.chunk, source.span.num_slots)])
         return prompt_parts(self.backbone, question, contents if mode != "none" else [])
 
+    def _content(self, source: RetrievedSpan, blend: float) -> list[Part]:
+        if blend:
+            return blended(source, blend)
+        if self.prerolled:
+            return [self.prerolled.get(source.span)]
+        return enclosed(source.span, self.memory.spec)
+
     def answer(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
-               where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None) -> Answer:
+               where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None,
+               blend: float = 0.0) -> Answer:
         """Retrieve, splice and generate.
 
         Args:
             mode: what stands for the retrieved chunks: their spans, their text, the text truncated to the number of
                 positions that the spans take, or nothing.
+            blend: fraction of the slots of KV spans to compute anew, so that the chunks see each other (see
+                `Blended`); 0 leaves the spans independent.
         """
         sources = self._sources(question, mode, top_k, where)
-        made = self.decoder.generate(self.prompt(question, sources, mode), settings)
+        made = self.decoder.generate(self.prompt(question, sources, mode, blend=blend), settings, question=question)
         return Answer(made.text.strip(), tuple(sources), made.usage, made.completion_tokens, made.finish_reason)
 
     def stream(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
-               where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None) -> Iterator[str]:
+               where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None,
+               blend: float = 0.0) -> Iterator[str]:
         """Like `answer`, in pieces of text as they are generated; close the iterator to cancel."""
         sources = self._sources(question, mode, top_k, where)
-        return without_leading_space(self.decoder.stream(self.prompt(question, sources, mode), settings))
+        parts = self.prompt(question, sources, mode, blend=blend)
+        return without_leading_space(self.decoder.stream(parts, settings, question=question))
 
     def reconstruct(self, span: RetrievedSpan, *, max_new_tokens: int | None = None) -> str:
         """The text that the decoder reads out of a span, for a look at what compression kept."""
@@ -297,6 +316,14 @@ def prompt_parts(backbone: Backbone, question: str, contents: Sequence[Sequence[
     return render_chat(backbone.tokenizer, [Message("user", tuple(body))])
 
 
+def blended(source: RetrievedSpan, fraction: float) -> list[Part]:
+    """A retrieved KV span to be blended; raises InputError for a soft span."""
+    if not isinstance(source.span, KVSpan):
+        raise InputError(f"only KV spans can be blended, and the span of chunk {source.chunk.id!r} is a "
+                         f"{source.span.kind} span; leave `blend` at 0")
+    return [Blended(source.span, source.chunk.text, fraction)]
+
+
 def truncated_part(backbone: Backbone, chunk: Chunk, num_tokens: int) -> TokenIds:
     """The first `num_tokens` tokens of a chunk: what plain text can say in the positions that a span takes."""
     return TokenIds(tuple(backbone.tokenizer.encode(chunk.text)[:num_tokens]))
@@ -312,11 +339,16 @@ def without_leading_space(pieces: Iterator[str]) -> Iterator[str]:
             yield shown
 
 
-def load_trained_compressor(compressor: str | Path, backbone: Backbone) -> Compressor:
+def load_trained_compressor(compressor: str | Path, backbone: Backbone, budget: str | None = None) -> Compressor:
     """A saved compressor by folder, or by method name the one that needs no folder (see `Compressor.ready_for`)."""
+    size = Budget.parse(budget) if budget is not None else None
     if str(compressor) not in COMPRESSORS and Path(compressor).is_dir():
+        if size is not None:
+            raise InputError(f"the settings in {str(compressor)!r} say how large a span is; leave the budget out, or "
+                             "name a method instead of a folder")
         return load_compressor(compressor, backbone)
-    return compressor_class(str(compressor)).ready_for(backbone)  # a method's name wins over a folder of that name
+    # a method's name wins over a folder of that name
+    return compressor_class(str(compressor)).ready_for(backbone, size)
 
 
 __all__ = [

@@ -114,10 +114,13 @@ class KVSpan(MemorySpan):
         keys: (num_layers, num_kv_heads, num_slots, head_dim), rotated as if the span began at position 0,
             slot j at `positions[j]`.
         values: same shape.
+        kept: (num_layers, num_kv_heads, num_slots) int32, increasing: which of the chunk's tokens each slot was made
+            from, heads may hold different ones; None where slots are not made from single tokens.
     """
 
     keys: Tensor
     values: Tensor
+    kept: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +128,18 @@ class KVSpan(MemorySpan):
         object.__setattr__(self, "values", self.values.detach())
         _check_shape("keys", self.keys, (None, None, self.num_slots, None))
         _check_shape("values", self.values, (self.num_layers, self.num_kv_heads, self.num_slots, None))
+        if self.kept is not None:
+            object.__setattr__(self, "kept", self._checked(self.kept))
+
+    def _checked(self, kept: Tensor) -> Tensor:
+        if tuple(kept.shape) != tuple(self.keys.shape[:3]) or kept.is_floating_point():
+            raise SpanShapeError(f"kept must be integers of shape {tuple(self.keys.shape[:3])}, got {kept.dtype} of "
+                                 f"shape {tuple(kept.shape)}")
+        if int(kept.min()) < 0 or int(kept.max()) >= self.num_source_tokens or bool((kept.diff(dim=-1) <= 0).any()):
+            raise SpanShapeError(f"kept must increase from slot to slot and name tokens 0 to "
+                                 f"{self.num_source_tokens - 1} of the chunk, got {int(kept.min())} to "
+                                 f"{int(kept.max())}")
+        return kept.detach().to(torch.int32)
 
     @property
     def kind(self) -> SpanKind:

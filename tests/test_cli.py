@@ -67,6 +67,20 @@ def test_ask_prints_an_answer_with_its_sources_and_what_it_cost(index: Path) -> 
     assert "0 slots" in as_text.stderr
 
 
+def test_kv_spans_of_a_budget_and_a_cache_that_holds_less_than_the_prompt(folder: Path, tmp_path: Path) -> None:
+    made = ["precompress", folder, "--out", tmp_path / "kb", "--compressor", "infinipot", "--budget", "16slots",
+            "--chunk-tokens", "64", "--json"]
+    planned, result = (as_json(ctxcomp(*made, *extra)) for extra in (["--dry-run"], []))
+    assert planned["slots"] == result["slots"] <= 16 * result["chunks"]
+    # keys and values; beside them an index holds texts, vectors and which tokens were kept
+    assert planned["bytes"] < result["bytes"]
+    question = CORPUS[0].questions[0].question
+    free, bounded = (as_json(ctxcomp("ask", tmp_path / "kb", question, "--mode", "text", "--top-k", "6", *extra,
+                                     "--json"))["usage"] for extra in ([], ["--cache-budget", "160"]))
+    assert free["positions"] == bounded["positions"] > 160
+    assert bounded["cache_bytes"] == free["cache_bytes"] * 160 / free["positions"]
+
+
 def test_inspect_says_what_the_index_holds(index: Path) -> None:
     result = as_json(ctxcomp("inspect", index, "--json"))
     assert result["chunks"] >= 6
@@ -162,6 +176,10 @@ def test_a_broken_file_stops_the_job_by_name_or_is_skipped(folder: Path, tmp_pat
     (["precompress", "{tmp}", "--out", "{tmp}/x"], "no document"),
     (["ask", "{tmp}/none", "why?"], "none"),
     (["ask", "{index}", " "], "question is empty"),
+    (["precompress", "{folder}", "--out", "{tmp}/x", "--compressor", "infinipot", "--budget", "4"], "as '256slots'"),
+    (["precompress", "{folder}", "--out", "{tmp}/x", "--budget", "4x"], "methods that need no training"),
+    (["precompress", "{folder}", "--out", "{tmp}/x", "--factor", "4", "--budget", "4x"], "give one of them"),
+    (["ask", "{index}", "why?", "--cache-budget", "9"], "of the 9 entries of the cache budget"),
     (["ask", "{index}", "why?", "--top-k", "0"], "top_k"),
     (["inspect", "{folder}"], "expected index.json in"),
     (["verify", "{tmp}/none"], "none"),

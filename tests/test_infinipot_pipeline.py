@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from ctxcomp_rag import CompressedRAG, Document, GenerationSettings
 from ctxcomp_rag.backbone import load_frozen
+from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors.infinipot import InfiniPotCompressor, InfiniPotConfig
-from ctxcomp_rag.compressors.kv_scores import SnapKV
-from ctxcomp_rag.errors import UnsupportedModelError
-from ctxcomp_rag.pipeline import load_trained_compressor
-from ctxcomp_rag.spans import KVSpan
+from ctxcomp_rag.errors import InputError, UnsupportedModelError
+from ctxcomp_rag.index import RetrievedSpan
+from ctxcomp_rag.kv.scores import SnapKV
+from ctxcomp_rag.pipeline import blended, load_trained_compressor
+from ctxcomp_rag.spans import KVSpan, SoftSpan
 from tests.tiny_models import save_tiny
 
 DOCUMENTS = [
@@ -62,6 +64,9 @@ def test_stored_spans_are_the_compressors_own_bit_for_bit(model: Path, folder: P
             assert isinstance(made, KVSpan)
             assert hit.span.keys.equal(made.keys)
             assert hit.span.values.equal(made.values)
+            assert hit.span.kept is not None
+            assert made.kept is not None
+            assert hit.span.kept.equal(made.kept)
 
 
 def test_answers_are_read_from_spliced_spans_of_all_three_documents(model: Path, folder: Path) -> None:
@@ -71,6 +76,52 @@ def test_answers_are_read_from_spliced_spans_of_all_three_documents(model: Path,
         assert answer.usage.slots == sum(s.span.num_slots for s in answer.sources)
         assert answer.usage.source_tokens == sum(s.chunk.num_tokens for s in answer.sources)
         assert answer.completion_tokens >= 1
+
+
+def test_a_cache_budget_answers_from_documents_that_do_not_fit_and_keeps_what_the_question_asks(
+        model: Path, folder: Path) -> None:
+    question = "How high is the lighthouse of Varn?"
+    answers = []
+    for budget in (None, 160):
+        with CompressedRAG.open(folder, model=model, encoder=LetterCounts(), cache_budget=budget) as rag:
+            answers.append(rag.answer(question, mode="text", settings=SHORT))
+            parts = rag.prompt(question, rag.retrieve(question), "text")
+            assert answers[-1].text == rag.decoder.generate(parts, SHORT, question=question).text.strip()
+            assert "".join(rag.stream(question, mode="text", settings=SHORT)).strip() == answers[-1].text
+    assert answers[0].usage == answers[1].usage
+    assert answers[0].usage.positions > 160
+    assert answers[0].text != answers[1].text
+
+
+def test_spans_that_keep_every_token_and_are_blended_wholly_answer_as_the_text_does(model: Path,
+                                                                                    tmp_path: Path) -> None:
+    question = "How high is it?"
+    with CompressedRAG.create(tmp_path / "kb", model=model, compressor="infinipot", budget="1x",
+                              encoder=LetterCounts()) as rag:
+        rag.index(DOCUMENTS)
+        sources = rag.retrieve(question)
+        spans, blends = (rag.decoder.logits(rag.prompt(question, sources, blend=b))[-1] for b in (0.0, 1.0))
+        text = rag.decoder.logits(rag.prompt(question, sources, "text"))[-1]
+        assert rag.answer(question, blend=1.0, settings=SHORT).text == rag.answer(question, mode="text",
+                                                                                  settings=SHORT).text
+    # each text is cut into tokens on its own here, as its span was
+    assert rag.backbone.tokenizer.encode("a. \n\nB") == [i for t in ("a. ", "\n\n", "B")
+                                                         for i in rag.backbone.tokenizer.encode(t)]
+    torch.testing.assert_close(blends, text, atol=1e-4, rtol=0)
+    assert (spans - text).abs().max() > 1e-3
+
+
+def test_soft_spans_are_not_blended() -> None:
+    chunk = Chunk("d", "some text", 0, 9, 2)
+    span = SoftSpan(chunk.id, 2, torch.arange(1), 1, torch.zeros(1, 8))
+    with pytest.raises(InputError, match=r"only KV spans can be blended, and the span of chunk .* is a soft span"):
+        blended(RetrievedSpan(chunk, span, 1.0), 0.2)
+
+
+def test_a_budget_for_a_folder_of_settings_is_refused(model: Path, tmp_path: Path) -> None:
+    InfiniPotCompressor(load_frozen(model)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"say how large a span is; leave the budget out"):
+        load_trained_compressor(tmp_path, load_frozen(model), "4x")
 
 
 def test_a_budget_of_everything_answers_as_the_full_text_does(model: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ LAYERS: list[set[str]] = [
     {"errors", "references"},
     {"chunking", "spans", "rope", "tokenization", "retrieval", "readers"},
     {"backbone"},
+    {"kv"},
     {"compressors", "index", "decoding"},
     {"pipeline", "training", "importers"},
     {"evaluation", "chat"},
@@ -21,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-SIBLINGS = LAYERS[3]
+SIBLINGS = LAYERS[4]
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
 

@@ -74,10 +74,22 @@ def test_soft_span_refuses(changes: dict[str, Any], match: str) -> None:
     ({"keys": torch.ones(3, 3, 4)}, r"keys must have shape \(\*, \*, 3, \*\), got \(3, 3, 4\)"),
     ({"values": torch.ones(2, 2, 3, 4)}, r"values must have shape \(2, 3, 3, \*\), got \(2, 2, 3, 4\)"),
     ({"values": torch.ones(2, 3, 3, 4, dtype=torch.int8)}, "values must be a floating point tensor"),
+    ({"kept": torch.zeros(2, 3, 4, dtype=torch.int32)}, r"integers of shape \(2, 3, 3\), got .*\(2, 3, 4\)"),
+    ({"kept": torch.arange(3.0).expand(2, 3, 3)}, r"kept must be integers of shape .*got torch\.float32"),
+    ({"kept": torch.tensor([0, 2, 1]).expand(2, 3, 3)}, "kept must increase from slot to slot"),
+    ({"kept": torch.tensor([0, 1, 12]).expand(2, 3, 3)}, r"name tokens 0 to 11 of the chunk, got 0 to 12"),
+    ({"kept": torch.tensor([-1, 1, 2]).expand(2, 3, 3)}, r"name tokens 0 to 11 of the chunk, got -1 to 2"),
 ])
 def test_kv_span_refuses(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(SpanShapeError, match=match):
         kv(**changes)
+
+
+def test_kept_tokens_become_int32() -> None:
+    span = kv(kept=torch.tensor([0, 5, 11]).expand(2, 3, 3))
+    assert span.kept is not None
+    assert (span.kept.dtype, span.kept[1, 2].tolist()) == (torch.int32, [0, 5, 11])
+    assert kv().kept is None
 
 
 def test_delimiter_has_the_hidden_size_of_the_decoder() -> None:

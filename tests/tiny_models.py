@@ -26,8 +26,9 @@ from transformers import (
 from ctxcomp_rag.backbone import Backbone
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2"]
-FULL_ATTENTION_ROPE = ["llama", "mistral", "qwen2", "qwen3", "phi3"]
-"""The architectures whose cached keys can be moved to new positions."""
+FULL_ATTENTION_ROPE = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2-full"]
+"""The architectures whose cached keys can be moved to new positions. "gemma2-full" is a Gemma 2 without sliding
+windows, whose soft cap on attention products is low enough to matter."""
 
 CONTROL_TOKENS = ["<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 CHAT_TEMPLATE = (
@@ -73,6 +74,8 @@ def tiny_config(name: str, **overrides: Any) -> PreTrainedConfig:
         "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
         "qwen3": (Qwen3Config, {"head_dim": 16}),
         "gemma2": (Gemma2Config, window),
+        "gemma2-full": (Gemma2Config, {**window, "layer_types": ["full_attention"] * 2,
+                                       "attn_logit_softcapping": 1.0}),
         "gemma3": (Gemma3TextConfig, window),
         "phi3": (Phi3Config, {"sliding_window": None}),
     }

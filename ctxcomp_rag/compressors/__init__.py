@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from ctxcomp_rag.backbone import Backbone
-from ctxcomp_rag.compressors.base import Compressor, read_config
+from ctxcomp_rag.compressors.base import Budget, Compressor, read_config
 from ctxcomp_rag.errors import InputError
 
 COMPRESSORS = {
@@ -30,4 +30,4 @@ def load_compressor(path: str | Path, backbone: Backbone) -> Compressor:
     return compressor_class(read_config(Path(path))["method"]).from_pretrained(path, backbone)
 
 
-__all__ = ["COMPRESSORS", "Compressor", "compressor_class", "load_compressor"]
+__all__ = ["COMPRESSORS", "Budget", "Compressor", "compressor_class", "load_compressor"]

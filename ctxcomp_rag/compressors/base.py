@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,6 +18,36 @@ from ctxcomp_rag.errors import InputError, ModelLoadError
 from ctxcomp_rag.spans import DecoderFingerprint, MemorySpan, SpanSpec
 
 CONFIG_NAME = "ctxcomp_config.json"
+
+
+_BUDGET = re.compile(r"(\d+)\s*slots?|(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB)|(\d+(?:\.\d+)?)\s*x", re.ASCII)
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large the span of a chunk may be, in one of three ways.
+
+    Attributes:
+        slots: at most so many slots, however long the chunk.
+        bytes: at most so many bytes of keys and values, however long the chunk.
+        factor: source tokens per slot.
+    """
+
+    slots: int | None = None
+    bytes: int | None = None
+    factor: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read "256slots", "64KiB" (B, KiB, MiB, GiB) or "4x"; raises InputError for anything else."""
+        found = _BUDGET.fullmatch(text.strip())
+        if found is None:
+            raise InputError(f"expected a budget such as '256slots', '64KiB' or '4x', got {text!r}")
+        slots, size, unit, factor = found.groups()
+        if slots:
+            return cls(slots=int(slots))
+        return cls(factor=checked_factor(float(factor))) if factor else cls(bytes=int(float(size) * _UNITS[unit]))
 
 
 class Compressor(ABC):
@@ -60,12 +92,20 @@ class Compressor(ABC):
     def from_pretrained(cls, path: str | Path, backbone: Backbone) -> Self:
         """Load from a folder; raises IncompatibleSpanError if it was trained for another decoder."""
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot of its spans, as `compress` makes them."""
+        return self.backbone.hidden_size * self.backbone.dtype.itemsize
+
     @classmethod
-    def ready_for(cls, backbone: Backbone) -> Self:
+    def ready_for(cls, backbone: Backbone, budget: Budget | None = None) -> Self:
         """The compressor to use where only the method is named: the trained one that comes with the embedded model.
 
-        A method that needs no training overrides this and works for any decoder.
+        A method that needs no training overrides this: it works for any decoder, and for a size that is wished for.
         """
+        if budget is not None:
+            raise InputError(f"{cls.name} spans have the size that the compressor was trained for; a budget is for "
+                             "methods that need no training (infinipot). Use --factor")
         if backbone.model_id != EMBEDDED_MODEL:
             raise InputError(f"there is no trained {cls.name} compressor for {backbone.model_id!r} in this package; "
                              f"train one and pass its folder, or use --model {EMBEDDED_MODEL}")

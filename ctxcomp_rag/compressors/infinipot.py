@@ -2,7 +2,7 @@
 
 A text is read into a pot of `pot_tokens` cache entries. When it is full, the entries that matter are kept, moved to
 the front, and reading goes on; at the end the span's slots are what is left. The paper's own choice of what matters
-(catalyst prompt and novelty) is the default of several rules, see `compressors/kv_scores.py`.
+(catalyst prompt and novelty) is the default of several rules, see `kv/scores.py`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ from torch import Tensor
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.compressors.attention import require_observable
-from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, decoder_differences, read_config
-from ctxcomp_rag.compressors.kv_scores import InfiniPot, ScoringRule, make_rule
-from ctxcomp_rag.compressors.pot import ContextPot
+from ctxcomp_rag.compressors.base import (
+    CONFIG_NAME,
+    Budget,
+    Compressor,
+    checked_factor,
+    decoder_differences,
+    read_config,
+)
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError
+from ctxcomp_rag.kv.attention import require_observable
+from ctxcomp_rag.kv.pot import GENERIC_CATALYST, QUESTION_CATALYST, ContextPot
+from ctxcomp_rag.kv.scores import InfiniPot, ScoringRule, make_rule
 from ctxcomp_rag.rope import require_full_attention
 from ctxcomp_rag.spans import DecoderFingerprint, KVSpan, SpanSpec
-
-GENERIC_CATALYST = "\n\nThe facts, names and numbers above that matter most are:"
-QUESTION_CATALYST = "\n\nUsing the text above, answer the question: {question}\nAnswer:"
 
 _DEFAULT_POT = 4096
 
@@ -45,6 +49,8 @@ class InfiniPotConfig:
             decoder's window by default.
         compression_factor: source tokens per slot.
         num_slots: |C| as a number, for texts of any length; takes the place of the factor.
+        span_bytes: keys and values of a span may take so many bytes, for texts of any length; takes the place of the
+            factor too. As they leave the pot (`slot_dtype`), before anything that an index does to them.
         chunk_tokens: length that documents are chunked to. Longer texts are read too, as many pots as it takes.
         catalyst: prompt that is read after the pot and whose attention is the score (CaP). Generic by default; see
             `for_question` where the question, or the kind of question, is known.
@@ -58,6 +64,7 @@ class InfiniPotConfig:
     pot_tokens: int | None = None
     compression_factor: float = 4.0
     num_slots: int | None = None
+    span_bytes: int | None = None
     chunk_tokens: int = 512
     catalyst: str = GENERIC_CATALYST
     rule: ScoringRule = field(default_factory=InfiniPot)
@@ -67,16 +74,21 @@ class InfiniPotConfig:
     slot_dtype: Literal["decoder", "bfloat16"] = "decoder"
 
     def __post_init__(self) -> None:
-        if not self.compression_factor >= 1:
-            raise InputError(f"expected a compression factor of at least 1, got {self.compression_factor:g}")
-        lowest = {"pot_tokens": 1, "num_slots": 1, "chunk_tokens": 1, "step_tokens": 1, "sink_slots": 0,
-                  "recent_slots": 0}
+        checked_factor(self.compression_factor)
+        if self.num_slots is not None and self.span_bytes is not None:
+            raise InputError(f"a budget is a number of slots or of bytes, got num_slots={self.num_slots} and "
+                             f"span_bytes={self.span_bytes}")
+        lowest = {"pot_tokens": 1, "num_slots": 1, "span_bytes": 1, "chunk_tokens": 1, "step_tokens": 1,
+                  "sink_slots": 0, "recent_slots": 0}
         for name, least in lowest.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"expected {name} of at least {least}, got {value}")
         if self.slot_dtype not in ("decoder", "bfloat16"):
             raise InputError(f"expected slot_dtype='decoder' or 'bfloat16', got {self.slot_dtype!r}")
+        if self.rule.reading and (self.sink_slots or self.recent_slots):
+            raise InputError(f"the rule {self.rule.name!r} scores all entries together and keeps ends of its own; "
+                             "leave sink_slots and recent_slots at 0")
         if self.rule.queries == "catalyst" and not self.catalyst:
             raise InputError(f"the rule {self.rule.name!r} scores by a catalyst prompt; `catalyst` must not be empty")
 
@@ -116,7 +128,7 @@ class InfiniPotCompressor(Compressor):
         self._model = backbone.second_tree()
         self._lock = threading.Lock()
         observes = self.config.rule.queries
-        if observes != "none":
+        if observes != "none" or self.config.rule.reading:
             require_observable(self._model)
         self._catalyst = backbone.tokenizer.encode(self.config.catalyst) if observes == "catalyst" else []
         window = backbone.max_positions
@@ -128,10 +140,20 @@ class InfiniPotCompressor(Compressor):
         if self.room < 2:
             raise InputError(f"the catalyst takes {len(self._catalyst)} of the {pot} tokens of the pot, which leaves "
                              "no room for text; raise pot_tokens or shorten the catalyst")
+        self._fixed_slots = self.config.num_slots
+        if self.config.span_bytes is not None:
+            self._fixed_slots = self.config.span_bytes // self.slot_bytes
+            if not self._fixed_slots:
+                raise InputError(f"a slot of {backbone.model_id!r} takes {self.slot_bytes:,} bytes, so a budget of "
+                                 f"{self.config.span_bytes:,} bytes holds none; raise it")
 
     @classmethod
-    def ready_for(cls, backbone: Backbone) -> Self:
-        return cls(backbone)
+    def ready_for(cls, backbone: Backbone, budget: Budget | None = None) -> Self:
+        if budget is None:
+            return cls(backbone)
+        if budget.factor is not None:
+            return cls(backbone, InfiniPotConfig(compression_factor=budget.factor))
+        return cls(backbone, InfiniPotConfig(num_slots=budget.slots, span_bytes=budget.bytes))
 
     # -- what the layers around ask ------------------------------------------------------------------------------
 
@@ -145,9 +167,14 @@ class InfiniPotCompressor(Compressor):
 
     @property
     def compression_factor(self) -> float:
-        if self.config.num_slots is not None:
-            return max(1.0, self.max_chunk_tokens / self.config.num_slots)
+        if self._fixed_slots is not None:
+            return max(1.0, self.max_chunk_tokens / self._fixed_slots)
         return self.config.compression_factor
+
+    @property
+    def slot_bytes(self) -> int:
+        b = self.backbone
+        return 2 * int(b.config.num_hidden_layers) * b.num_kv_heads * b.head_dim * self._slot_dtype.itemsize
 
     def digest(self) -> str:
         """sha256 over everything that decides the spans besides the decoder."""
@@ -157,11 +184,6 @@ class InfiniPotCompressor(Compressor):
     # -- compression -----------------------------------------------------------------------------------------------
 
     def compress(self, chunks: Sequence[Chunk], *, compression_factor: float | None = None) -> list[KVSpan]:  # type: ignore[override]
-        return [span for span, _ in self.compress_with_indices(chunks, compression_factor=compression_factor)]
-
-    def compress_with_indices(self, chunks: Sequence[Chunk], *,
-                              compression_factor: float | None = None) -> list[tuple[KVSpan, Tensor]]:
-        """Each span with the places (num_layers, num_kv_heads, num_slots) of its slots' tokens in the chunk's text."""
         texts = [self.backbone.tokenizer.encode(chunk.text) for chunk in chunks]
         budgets = []
         for chunk, ids in zip(chunks, texts, strict=True):  # everything is checked before anything is computed
@@ -171,23 +193,23 @@ class InfiniPotCompressor(Compressor):
         made = []
         for chunk, ids, keep in zip(chunks, texts, budgets, strict=True):
             pot = self.distilled(ids, keep)
-            span = KVSpan(chunk.id, len(ids), torch.arange(pot.size), pot.size,
-                          self._slots(pot.keys), self._slots(pot.values))
-            made.append((span, pot.indices.cpu()))
+            made.append(KVSpan(chunk.id, len(ids), torch.arange(pot.size), pot.size, self._slots(pot.keys),
+                               self._slots(pot.values), pot.indices.to("cpu", torch.int32)))
         return made
 
     def _slots(self, layers: Sequence[Tensor]) -> Tensor:
         # To main memory at once: a batch of KV spans can be larger than the model that made them.
-        dtype = torch.bfloat16 if self.config.slot_dtype == "bfloat16" else self.backbone.dtype
-        return torch.stack([layer.to("cpu", dtype) for layer in layers])
+        return torch.stack([layer.to("cpu", self._slot_dtype) for layer in layers])
+
+    @property
+    def _slot_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.slot_dtype == "bfloat16" else self.backbone.dtype
 
     def num_slots(self, num_tokens: int, compression_factor: float | None = None) -> int:
         """Slots of a text; raises InputError for a factor below 1 or a budget that the pot cannot hold."""
-        factor = compression_factor if compression_factor is not None else self.config.compression_factor
-        if not factor >= 1:
-            raise InputError(f"expected a compression factor of at least 1, got {factor:g}")
-        fixed = self.config.num_slots is not None and compression_factor in (None, self.compression_factor)
-        slots = min(num_tokens, (self.config.num_slots or 0) if fixed else math.ceil(num_tokens / factor))
+        factor = checked_factor(self.config.compression_factor if compression_factor is None else compression_factor)
+        fixed = self._fixed_slots if compression_factor in (None, self.compression_factor) else None
+        slots = min(num_tokens, fixed if fixed is not None else math.ceil(num_tokens / factor))
         if num_tokens > self.room and slots >= self.room:
             raise InputError(f"{slots} slots of a text of {num_tokens} tokens do not fit into a pot that takes "
                              f"{self.room} tokens of text; compress more, cut the text, or raise pot_tokens")

@@ -4,6 +4,7 @@ from ctxcomp_rag.decoding.decoder import FrozenDecoder
 from ctxcomp_rag.decoding.generation import Generation, GenerationSettings
 from ctxcomp_rag.decoding.preroll import PrerolledSpans, preroll
 from ctxcomp_rag.decoding.prompt import (
+    Blended,
     Delimiter,
     Message,
     Part,
@@ -16,6 +17,7 @@ from ctxcomp_rag.decoding.prompt import (
 from ctxcomp_rag.decoding.scheduler import RequestScheduler, Ticket
 from ctxcomp_rag.decoding.splice import PromptUsage, SplicedPrompt, splice
 
-__all__ = ["Delimiter", "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "PrerolledSpans",
-           "PromptUsage", "RequestScheduler", "SplicedPrompt", "Text", "Ticket", "TokenIds", "enclosed", "preroll",
+__all__ = ["Blended", "Delimiter", "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part",
+           "PrerolledSpans", "PromptUsage", "RequestScheduler", "SplicedPrompt", "Text", "Ticket", "TokenIds",
+           "enclosed", "preroll",
            "reconstruction_prompt", "render_chat", "splice"]

@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ctxcomp_rag.backbone import Backbone
-from ctxcomp_rag.decoding.splice import EmbeddedRun, SplicedPrompt
+from ctxcomp_rag.decoding.blend import blend
+from ctxcomp_rag.decoding.splice import BlendedRun, EmbeddedRun, SplicedPrompt
 
 
 @dataclass
@@ -105,6 +106,9 @@ def _walk(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -> tuple
             logits = _forward(backbone, run.embeds[None], run.positions[None], mask, cache, 0 if keep_all else 1)
             if keep_all or number == len(prompt.runs) - 1:
                 kept.append(logits[0])
+        elif isinstance(run, BlendedRun):
+            seen += run.cached.keys.shape[2]
+            blend(run, cache, backbone)
         else:
             seen += run.keys.shape[2]
             for layer, (keys, values) in enumerate(zip(run.keys, run.values, strict=True)):

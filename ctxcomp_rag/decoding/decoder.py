@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding.batching import all_logits
+from ctxcomp_rag.decoding.budget import BoundedPrompt, CacheBudget
 from ctxcomp_rag.decoding.generation import Generation, GenerationSettings, Progress, Sampler
 from ctxcomp_rag.decoding.loop import DecodingLoop, Request
 from ctxcomp_rag.decoding.prompt import Part
-from ctxcomp_rag.decoding.splice import SplicedPrompt, splice
+from ctxcomp_rag.decoding.splice import SplicedPrompt, lay_out, place, splice
 from ctxcomp_rag.errors import InputError
 
 
@@ -21,44 +22,73 @@ class FrozenDecoder:
     """Generates from prompts whose parts are text, soft spans and KV spans in any order.
 
     Thread-safe: no state is kept between calls, and parameters are never written to.
+
+    Args:
+        backbone: the model.
+        cache_budget: bound |M| on the cache entries, and so on the positions, of each prompt with its answer. Inputs
+            of any length are then read with InfiniPot's continual distillation: whenever |M| entries are there, the
+            catalyst prompt's counted, what matters is kept and moved to the front, while the prompt is read as while
+            the answer is written. Prompts that fit, answer included, are read exactly as without a budget. Only for
+            decoders that keep all keys and rotate them (RoPE).
+
+    Raises:
+        UnsupportedModelError, InputError: the budget cannot be kept with this decoder (see `CacheBudget`).
     """
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, *, cache_budget: int | None = None) -> None:
+        self.backbone, self.cache_budget = backbone, cache_budget
         self.end_ids = _end_ids(backbone)
+        self._budget = CacheBudget(backbone, cache_budget) if cache_budget is not None else None
 
     def splice(self, parts: Sequence[Part]) -> SplicedPrompt:
         """Decoder inputs of a prompt; see `ctxcomp_rag.decoding.splice.splice` for the errors raised."""
         return splice(parts, self.backbone)
 
     @torch.inference_mode()
-    def logits(self, parts: Sequence[Part]) -> Tensor:
+    def logits(self, parts: Sequence[Part], *, question: str | None = None) -> Tensor:
         """Logits (rows, vocab_size) at every text token and soft slot of the prompt."""
-        return all_logits(self.splice(parts), self.backbone)
+        layout = lay_out(parts, self.backbone)
+        if self._budget is None or self._budget.holds(layout.num_positions):
+            return all_logits(place(layout, self.backbone), self.backbone)
+        pieces: list[Tensor] = []
+        BoundedPrompt(layout, self._budget, question).prefill(pieces.append)
+        return torch.cat(pieces)
 
-    def generate(self, parts: Sequence[Part], settings: GenerationSettings | None = None) -> Generation:
-        """One answer."""
-        return self.batch([parts], settings)[0]
+    def generate(self, parts: Sequence[Part], settings: GenerationSettings | None = None, *,
+                 question: str | None = None) -> Generation:
+        """One answer.
+
+        Args:
+            question: what the prompt asks; where a cache budget makes the decoder forget, it keeps what the question
+                attends to (CaP-Q). Without it, what a generic catalyst attends to.
+        """
+        return self._run([self.request(parts, settings, question=question)])[0]
 
     def batch(self, prompts: Sequence[Sequence[Part]], settings: GenerationSettings | None = None) -> list[Generation]:
-        """One answer for each prompt, in order, computed in one left-padded batch; equal to one at a time."""
+        """One answer for each prompt, in order, computed in one left-padded batch; equal to one at a time.
+
+        Prompts beyond a cache budget keep a cache of their own, and step beside the batch.
+        """
         if isinstance(prompts, str):
             raise InputError("expected a list of prompts, got one string; use generate for a single prompt")
         if not prompts:
             return []
-        requests = [self.request(parts, settings) for parts in prompts]
+        return self._run([self.request(parts, settings) for parts in prompts])
+
+    def _run(self, requests: Sequence[Request]) -> list[Generation]:
         loop = DecodingLoop(self.backbone)
         loop.admit(requests)
         while loop.rows:
             loop.advance()
         return [r.generation for r in requests]
 
-    def stream(self, parts: Sequence[Part], settings: GenerationSettings | None = None) -> Iterator[str]:
-        """Pieces of the answer as they settle; joined they equal `generate(...).text`.
+    def stream(self, parts: Sequence[Part], settings: GenerationSettings | None = None, *,
+               question: str | None = None) -> Iterator[str]:
+        """Pieces of the answer as they settle; joined they equal `generate(...).text`, `question` as there.
 
         Runs in the consumer's thread: an exception reaches the consumer, and closing the iterator cancels.
         """
-        request = self.request(parts, settings)
+        request = self.request(parts, settings, question=question)
         loop = DecodingLoop(self.backbone)
         loop.admit([request])
         shown = 0
@@ -72,13 +102,19 @@ class FrozenDecoder:
             raise request.error
 
     @torch.inference_mode()
-    def request(self, parts: Sequence[Part], settings: GenerationSettings | None = None) -> Request:
+    def request(self, parts: Sequence[Part], settings: GenerationSettings | None = None, *,
+                question: str | None = None) -> Request:
         """A prompt made ready for a `DecodingLoop`; raises what `splice` raises."""
         settings = settings or GenerationSettings()
-        prompt = self.splice(parts)
-        room = self.backbone.max_positions - prompt.next_position
-        if room < settings.max_new_tokens:
-            settings = replace(settings, max_new_tokens=room)
+        layout = lay_out(parts, self.backbone)
+        prompt: SplicedPrompt | BoundedPrompt
+        if self._budget is None or self._budget.holds(layout.num_positions + settings.max_new_tokens):
+            prompt = place(layout, self.backbone)
+            room = self.backbone.max_positions - prompt.next_position
+            if room < settings.max_new_tokens:
+                settings = replace(settings, max_new_tokens=room)
+        else:
+            prompt = BoundedPrompt(layout, self._budget, question)
         return Request(prompt, Progress(self.backbone.tokenizer, settings, self.end_ids),
                        Sampler(settings, self.backbone.device))
 

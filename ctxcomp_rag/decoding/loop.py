@@ -6,18 +6,20 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding.batching import DecodingState, merge, prefill, step
+from ctxcomp_rag.decoding.budget import BoundedPrompt
 from ctxcomp_rag.decoding.generation import Generation, Progress, Sampler
 from ctxcomp_rag.decoding.splice import SplicedPrompt
 
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way to an answer."""
+    """One prompt on its way to an answer. A bounded prompt has a cache of its own; the others share one."""
 
-    prompt: SplicedPrompt
+    prompt: SplicedPrompt | BoundedPrompt
     progress: Progress
     sampler: Sampler
     error: Exception | None = None
@@ -37,9 +39,15 @@ class DecodingLoop:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self.rows: list[Request] = []
+        self._together: list[Request] = []  # row i of the state
         self._state: DecodingState | None = None
+        self._alone: list[tuple[Request, BoundedPrompt]] = []
         self._owed = False  # the tokens picked last are not fed yet: an answer that ends costs no step
+
+    @property
+    def rows(self) -> list[Request]:
+        """The requests that are decoding."""
+        return [*self._together, *(request for request, _ in self._alone)]
 
     @torch.inference_mode()
     def admit(self, requests: Sequence[Request]) -> None:
@@ -49,23 +57,28 @@ class DecodingLoop:
         """
         if not requests:
             return
-        fresh = prefill([r.prompt for r in requests], self.backbone)
+        spliced = [(r, r.prompt) for r in requests if isinstance(r.prompt, SplicedPrompt)]
+        bounded = [(r, r.prompt) for r in requests if isinstance(r.prompt, BoundedPrompt)]
+        for _, prompt in bounded:
+            prompt.prefill()
+        fresh = prefill([prompt for _, prompt in spliced], self.backbone) if spliced else None
         self.feed()
-        self._state = fresh if self._state is None else merge([self._state, fresh], self.backbone)
-        self.rows += requests
-        for request in requests:  # the cache holds it now; a caller may keep its request for long
-            request.prompt = replace(request.prompt, runs=())
+        if fresh is not None:
+            self._state = fresh if self._state is None else merge([self._state, fresh], self.backbone)
+        self._together += [r for r, _ in spliced]
+        self._alone += bounded
+        for request, prompt in spliced:  # the cache holds it now; a caller may keep its request for long
+            request.prompt = replace(prompt, runs=())
 
     @torch.inference_mode()
     def advance(self) -> list[Request]:
         """Pick one token for every row; returns the requests that ended, well or with an `error`, which leave."""
         self.feed()
-        assert self._state is not None
-        for row, request in enumerate(self.rows):
-            try:
-                request.progress.accept(request.sampler.pick(self._state.logits[row]))
-            except Exception as error:  # logits that are not numbers, say: the other rows' are
-                request.error = error
+        for row, request in enumerate(self._together):
+            assert self._state is not None
+            self._pick(request, self._state.logits[row])
+        for request, prompt in self._alone:
+            self._pick(request, prompt.logits)
         self._owed = True
         ended = [r for r in self.rows if r.progress.finish_reason is not None or r.error is not None]
         self.drop(ended)
@@ -76,19 +89,32 @@ class DecodingLoop:
         """Let requests leave, finished or not."""
         if not requests:
             return
-        kept = [row for row, r in enumerate(self.rows) if r not in requests]
-        self.rows = [self.rows[row] for row in kept]
+        kept = [row for row, r in enumerate(self._together) if r not in requests]
         if not kept:
-            self._state, self._owed = None, False
-        elif self._state is not None:
+            self._state = None
+        elif self._state is not None and len(kept) < len(self._together):
             self._state.keep(kept)
+        self._together = [self._together[row] for row in kept]
+        self._alone = [(r, prompt) for r, prompt in self._alone if r not in requests]
+        self._owed = self._owed and bool(self.rows)
 
     @torch.inference_mode()
     def feed(self) -> None:
         """Run the decoder on the tokens picked last, if that is still to do. Not to be gone on from if it fails."""
-        if self._owed and self._state is not None:
-            step(self._state, [r.progress.token_ids[-1] for r in self.rows], self.backbone)
+        if not self._owed:
+            return
+        if self._state is not None:
+            step(self._state, [r.progress.token_ids[-1] for r in self._together], self.backbone)
+        for request, prompt in self._alone:
+            prompt.feed(request.progress.token_ids[-1])
         self._owed = False
+
+    @staticmethod
+    def _pick(request: Request, logits: Tensor) -> None:
+        try:
+            request.progress.accept(request.sampler.pick(logits))
+        except Exception as error:  # logits that are not numbers, say: the other rows' are
+            request.error = error
 
 
 __all__ = ["DecodingLoop", "Request"]

@@ -42,7 +42,35 @@ class Delimiter:
     embeds: Tensor
 
 
-Part: TypeAlias = str | Text | TokenIds | Delimiter | MemorySpan
+@dataclass(frozen=True, eq=False)
+class Blended:
+    """A KV span of which a part is computed anew, so that it sees what stands before it (CacheBlend, 2405.16444).
+
+    A span on its own was made without the prompt around it (mode `independent`, as TurboRAG). Blended, those slots
+    whose keys miss the most at the seam are computed again from their tokens, in sight of everything before them.
+    Fraction 0 is the span as it is, fraction 1 the exact prefill of its tokens.
+
+    This needs slots that are one token each, in all layers and heads: a span that keeps every token, or one made by a
+    rule on which the heads agree (nuc, streaming_llm); fraction 1 is then the prefill of the kept tokens. Slots whose
+    heads hold different tokens (cap, infinipot) stand for a token at one position in one head and at another position
+    in the next; no forward pass makes that, and the splice refuses them.
+
+    Attributes:
+        span: the span as it is stored.
+        source: the text (or the token ids) it was made from; a span does not carry its tokens.
+        fraction: of its slots to compute anew, 0 to 1, rounded up.
+    """
+
+    span: KVSpan
+    source: str | TokenIds
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction <= 1:
+            raise InputError(f"the fraction of slots to compute anew goes from 0 to 1, got {self.fraction:g}")
+
+
+Part: TypeAlias = str | Text | TokenIds | Delimiter | MemorySpan | Blended
 """One piece of a prompt; a plain `str` is untrusted text."""
 
 
@@ -122,5 +150,5 @@ def text_ids(part: str | Text | TokenIds, tokenizer: TextTokenizer) -> list[int]
     return tokenizer.encode_template(part.text) if part.trusted else tokenizer.encode(part.text)
 
 
-__all__ = ["Delimiter", "KVSpan", "Message", "Part", "SoftSpan", "Text", "TokenIds", "enclosed",
+__all__ = ["Blended", "Delimiter", "KVSpan", "Message", "Part", "SoftSpan", "Text", "TokenIds", "enclosed",
            "reconstruction_prompt", "render_chat", "text_ids"]

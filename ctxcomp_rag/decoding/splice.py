@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ctxcomp_rag.backbone import Backbone
-from ctxcomp_rag.decoding.prompt import Delimiter, Part, Text, TokenIds, text_ids
+from ctxcomp_rag.decoding.prompt import Blended, Delimiter, Part, Text, TokenIds, text_ids
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError
 from ctxcomp_rag.rope import require_full_attention, rotate_keys
 from ctxcomp_rag.spans import KVSpan, SoftSpan
@@ -34,6 +36,24 @@ class CachedRun:
     values: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class BlendedRun:
+    """Cached entries of which some are computed anew (see `decoding.blend`).
+
+    Attributes:
+        cached: the entries as they are stored, in place.
+        fresh: the embeddings of their tokens, at the same positions.
+        num_fresh: how many are computed anew.
+    """
+
+    cached: CachedRun
+    fresh: EmbeddedRun
+    num_fresh: int
+
+
+Run: TypeAlias = EmbeddedRun | CachedRun | BlendedRun
+
+
 @dataclass(frozen=True)
 class PromptUsage:
     """What a prompt is made of: text tokens, slots, and the source tokens that the slots stand for."""
@@ -52,14 +72,76 @@ class PromptUsage:
 class SplicedPrompt:
     """Decoder inputs of one prompt; `next_position` is where the first generated token stands."""
 
-    runs: tuple[EmbeddedRun | CachedRun, ...]
+    runs: tuple[Run, ...]
     next_position: int
     usage: PromptUsage
 
     @property
     def length(self) -> int:
         """Cache entries."""
-        return sum(r.embeds.shape[0] if isinstance(r, EmbeddedRun) else r.keys.shape[2] for r in self.runs)
+        return sum(_entries(run) for run in self.runs)
+
+
+def _entries(run: Run) -> int:
+    if isinstance(run, BlendedRun):
+        run = run.cached
+    return run.embeds.shape[0] if isinstance(run, EmbeddedRun) else run.keys.shape[2]
+
+
+@dataclass(frozen=True, eq=False)
+class TextPiece:
+    """Consecutive text of a prompt as token ids."""
+
+    ids: list[int]
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class RowsPiece:
+    """Soft slots or delimiters: embeds (n, hidden_size) at `positions` (n,) from the piece's start."""
+
+    embeds: Tensor
+    positions: Tensor
+    num_positions: int
+
+
+@dataclass(frozen=True, eq=False)
+class EntriesPiece:
+    """A KV span; for a blended one the ids of its slots' tokens, and how many of them are computed anew."""
+
+    span: KVSpan
+    ids: list[int] | None = None
+    num_fresh: int = 0
+
+    @property
+    def num_positions(self) -> int:
+        return self.span.num_positions
+
+
+Piece: TypeAlias = TextPiece | RowsPiece | EntriesPiece
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A prompt checked and measured, before anything is embedded or moved."""
+
+    pieces: tuple[Piece, ...]
+    usage: PromptUsage
+
+    @property
+    def num_positions(self) -> int:
+        return sum(p.num_positions for p in self.pieces)
+
+
+def lay_out(parts: Sequence[Part], backbone: Backbone) -> Layout:
+    """Parts as pieces, each checked against the decoder; raises what `splice` raises, but for the window."""
+    layout = _Layout(backbone)
+    for part in [parts] if isinstance(parts, str) else parts:
+        layout.add(part)
+    return layout.finish()
 
 
 def splice(parts: Sequence[Part], backbone: Backbone) -> SplicedPrompt:
@@ -70,24 +152,31 @@ def splice(parts: Sequence[Part], backbone: Backbone) -> SplicedPrompt:
 
     Raises:
         InputError: the prompt is empty, ends with a KV span (nothing is left to compute the next token from),
-            or does not fit into the decoder's window.
+            or does not fit into the decoder's window; or a span cannot be blended.
         IncompatibleSpanError: a span has other sizes than the decoder.
         UnsupportedModelError: a KV span would have to be moved on an architecture whose keys cannot be moved.
     """
+    return place(lay_out(parts, backbone), backbone)
+
+
+def place(layout: Layout, backbone: Backbone) -> SplicedPrompt:
+    """A layout embedded and moved to its positions; raises InputError where the decoder's window ends before it."""
+    window = backbone.max_positions
+    if layout.num_positions >= window:
+        raise InputError(f"the prompt needs {layout.num_positions} positions, but the decoder "
+                         f"{backbone.model_id!r} was made for {window}. Retrieve fewer chunks (--top-k), compress "
+                         "more, or let the cache forget (--cache-budget)")
     builder = _Builder(backbone)
-    for part in [parts] if isinstance(parts, str) else parts:
-        builder.add(part)
-    return builder.finish()
+    for piece in layout.pieces:
+        builder.add(piece)
+    return SplicedPrompt(builder.finish(), layout.num_positions, layout.usage)
 
 
-class _Builder:
+class _Layout:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self.runs: list[EmbeddedRun | CachedRun] = []
-        self.rows: list[Tensor] = []
-        self.places: list[Tensor] = []
+        self.pieces: list[Piece] = []
         self.ids: list[int] = []
-        self.next_position = 0
         self.text_tokens = self.slots = self.source_tokens = 0
 
     def add(self, part: Part) -> None:
@@ -96,62 +185,107 @@ class _Builder:
             return
         self._flush_text()
         if isinstance(part, Delimiter):
-            self._embedded(part.embeds, torch.arange(part.embeds.shape[0]), part.embeds.shape[0], "a delimiter")
+            self._rows(part.embeds, torch.arange(part.embeds.shape[0]), part.embeds.shape[0], "a delimiter")
             self.text_tokens += part.embeds.shape[0]
             return
+        span = part.span if isinstance(part, Blended) else part
         if isinstance(part, SoftSpan):
-            self._embedded(part.embeds, part.positions, part.num_positions, f"span {part.chunk_id!r}")
+            self._rows(part.embeds, part.positions, part.num_positions, f"span {part.chunk_id!r}")
+        elif isinstance(part, Blended):
+            self._check_entries(part.span)
+            self.pieces.append(EntriesPiece(part.span, slot_ids(part, self.backbone),
+                                            math.ceil(part.fraction * part.span.num_slots)))
         elif isinstance(part, KVSpan):
-            self._cached(part)
+            self._check_entries(part)
+            self.pieces.append(EntriesPiece(part))
         else:
             raise InputError(f"a prompt is made of text and spans, got {type(part).__name__}")
-        self.slots += part.num_slots
-        self.source_tokens += part.num_source_tokens
+        self.slots += span.num_slots
+        self.source_tokens += span.num_source_tokens
 
     def _flush_text(self) -> None:
-        if not self.ids:
-            return
-        ids, self.ids = self.ids, []
-        self.text_tokens += len(ids)
-        self._embedded(self.backbone.embed(torch.tensor(ids)), torch.arange(len(ids)), len(ids), "text")
+        if self.ids:
+            self.pieces.append(TextPiece(self.ids))
+            self.text_tokens += len(self.ids)
+            self.ids = []
 
-    def _embedded(self, embeds: Tensor, positions: Tensor, num_positions: int, what: str) -> None:
+    def _rows(self, embeds: Tensor, positions: Tensor, num_positions: int, what: str) -> None:
         if embeds.shape[1] != self.backbone.hidden_size:
             raise IncompatibleSpanError(f"{what} has rows of size {embeds.shape[1]}, the decoder "
                                         f"{self.backbone.model_id!r} reads rows of size {self.backbone.hidden_size}")
-        self.rows.append(embeds.to(self.backbone.device, self.backbone.dtype))
-        self.places.append(positions + self.next_position)
-        self.next_position += num_positions
+        self.pieces.append(RowsPiece(embeds, positions, num_positions))
 
-    def _cached(self, span: KVSpan) -> None:
+    def _check_entries(self, span: KVSpan) -> None:
         b = self.backbone
         expected = (int(b.config.num_hidden_layers), b.num_kv_heads, span.num_slots, b.head_dim)
         if tuple(span.keys.shape) != expected:
             raise IncompatibleSpanError(f"span {span.chunk_id!r} holds keys of shape {tuple(span.keys.shape)}, the "
                                         f"decoder {b.model_id!r} reads {expected} (layers, kv heads, slots, head size)")
         require_full_attention(b.config)
+
+    def finish(self) -> Layout:
+        self._flush_text()
+        if not self.pieces or isinstance(self.pieces[-1], EntriesPiece):
+            raise InputError("a prompt must end with text or a soft span: there is nothing to compute the next token "
+                             "from. Put the question after the spans")
+        return Layout(tuple(self.pieces), PromptUsage(self.text_tokens, self.slots, self.source_tokens))
+
+
+def slot_ids(part: Blended, backbone: Backbone) -> list[int]:
+    """Token ids of the slots of a span; raises InputError where a slot is not one token in all layers and heads."""
+    span, name = part.span, f"span {part.span.chunk_id!r}"
+    source = part.source
+    ids = list(source.ids) if isinstance(source, TokenIds) else text_ids(source, backbone.tokenizer)
+    if len(ids) != span.num_source_tokens:
+        raise InputError(f"{name} was made from {span.num_source_tokens} tokens, the source given to blend it has "
+                         f"{len(ids)}; pass the text of its chunk")
+    if span.kept is None and span.num_slots == span.num_source_tokens:
+        return ids
+    if span.kept is None or bool((span.kept != span.kept[:1, :1]).any()):
+        raise InputError(f"{name} cannot be blended: its slots hold different tokens in different heads, and a token "
+                         "has one position only when it is computed anew. Keep every token (a factor of 1), or choose "
+                         "with a rule on which the heads agree (nuc, streaming_llm)")
+    return [ids[i] for i in span.kept[0, 0].tolist()]
+
+
+class _Builder:
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.runs: list[Run] = []
+        self.rows: list[Tensor] = []
+        self.places: list[Tensor] = []
+        self.next_position = 0
+
+    def add(self, piece: Piece) -> None:
+        if isinstance(piece, EntriesPiece):
+            self._cached(piece)
+        elif isinstance(piece, RowsPiece):
+            self.rows.append(piece.embeds.to(self.backbone.device, self.backbone.dtype))
+            self.places.append(piece.positions + self.next_position)
+        else:
+            self.rows.append(self.backbone.embed(torch.tensor(piece.ids)))
+            self.places.append(torch.arange(len(piece.ids)) + self.next_position)
+        self.next_position += piece.num_positions
+
+    def _cached(self, piece: EntriesPiece) -> None:
+        b, span = self.backbone, piece.span
         self._close_run()
         keys = span.keys.to(b.device, b.dtype)  # first: keys stored in less are not rounded a second time
         if self.next_position:
             keys = rotate_keys(keys, self.next_position, b.rope)
-        self.runs.append(CachedRun(keys, span.values.to(b.device, b.dtype)))
-        self.next_position += span.num_positions
+        run = CachedRun(keys, span.values.to(b.device, b.dtype))
+        # nothing before it, nothing to blend with: the span is already what it would become
+        if piece.ids is None or not piece.num_fresh or not self.runs:
+            self.runs.append(run)
+            return
+        positions = (span.positions + self.next_position).to(b.device)
+        self.runs.append(BlendedRun(run, EmbeddedRun(b.embed(torch.tensor(piece.ids)), positions), piece.num_fresh))
 
     def _close_run(self) -> None:
         if self.rows:
             self.runs.append(EmbeddedRun(torch.cat(self.rows), torch.cat(self.places).to(self.backbone.device)))
             self.rows, self.places = [], []
 
-    def finish(self) -> SplicedPrompt:
-        self._flush_text()
+    def finish(self) -> tuple[Run, ...]:
         self._close_run()
-        if not self.runs or isinstance(self.runs[-1], CachedRun):
-            raise InputError("a prompt must end with text or a soft span: there is nothing to compute the next token "
-                             "from. Put the question after the spans")
-        window = self.backbone.max_positions
-        if self.next_position >= window:
-            raise InputError(f"the prompt needs {self.next_position} positions, but the decoder "
-                             f"{self.backbone.model_id!r} was made for {window}. Retrieve fewer chunks (--top-k), "
-                             "or compress more")
-        return SplicedPrompt(tuple(self.runs), self.next_position,
-                             PromptUsage(self.text_tokens, self.slots, self.source_tokens))
+        return tuple(self.runs)

@@ -44,6 +44,8 @@ def span_to_bytes(span: MemorySpan, codec: str = "exact") -> bytes:
         raise InputError(f"expected a SoftSpan or a KVSpan, got {type(span).__name__}")
     chosen = codec_named(codec)
     tensors = {"positions": span.positions.cpu().clone()}
+    if isinstance(span, KVSpan) and span.kept is not None:
+        tensors["kept"] = span.kept.cpu().clone()
     for role, tensor in latent.items():
         if codec != "exact" and not bool(tensor.isfinite().all()):
             raise InputError(f"expected finite {role} in the span {span.chunk_id!r} for codec {codec!r}, "
@@ -68,7 +70,7 @@ def span_from_bytes(data: bytes) -> MemorySpan:
         latent = {role: _decoded(tensors, about, role) for role in about.get("latent", {})} or tensors
         common = (about["chunk_id"], about["num_source_tokens"], tensors["positions"], about["num_positions"])
         if about["kind"] == "kv":
-            return KVSpan(*common, latent["keys"], latent["values"])
+            return KVSpan(*common, latent["keys"], latent["values"], tensors.get("kept"))
         return SoftSpan(*common, latent["embeds"])
     except (safetensors.SafetensorError, struct.error, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"not a memory span: {error}") from error

@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GPTNeoXConfig, PreTrainedModel
+from transformers import DynamicCache, GPTNeoXConfig, Qwen3NextConfig
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.compressors import Budget, compressor_class
 from ctxcomp_rag.compressors.infinipot import QUESTION_CATALYST, InfiniPotCompressor, InfiniPotConfig
-from ctxcomp_rag.compressors.kv_scores import CaP, Entries, InfiniPot, NuC, SnapKV, StreamingLLM
-from ctxcomp_rag.compressors.pot import ContextPot
 from ctxcomp_rag.decoding import FrozenDecoder, Part, TokenIds
 from ctxcomp_rag.errors import InputError, UnsupportedModelError
+from ctxcomp_rag.kv.pot import ContextPot
+from ctxcomp_rag.kv.scores import CaP, Entries, InfiniPot, NuC, SnapKV, StreamingLLM
 from ctxcomp_rag.spans import KVSpan
 from tests.compressors.contract import CompressorContract, assert_same_span
+from tests.slow_infinipot import SlowPot, eager_model
 from tests.tiny_models import FULL_ATTENTION_ROPE, tiny_backbone, tiny_config, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(0, 256, (70,), generator=torch.Generator().manual_seed(7)).tolist()
@@ -65,21 +68,16 @@ def test_a_budget_of_the_whole_text_changes_nothing(name: str, step: int) -> Non
     backbone = tiny_backbone(name)
     compressor = infinipot(InfiniPotConfig(compression_factor=1.0, step_tokens=step), name)
     text = "The lighthouse of Varn was built in 1871; its stairs are red. It is 31 metres high."
-    [(span, indices)] = compressor.compress_with_indices([chunk_of(backbone, text)])
+    [span] = compressor.compress([chunk_of(backbone, text)])
     ids = backbone.tokenizer.encode(text)
-    assert indices.tolist() == torch.arange(len(ids)).expand(2, 2, -1).tolist()
+    assert span.kept is not None
+    assert span.kept.tolist() == torch.arange(len(ids)).expand(2, 2, -1).tolist()
     with torch.inference_mode():
         plain = backbone.model(torch.tensor([[*ids, *QUESTION]])).logits[0, len(ids) :]
     torch.testing.assert_close(FrozenDecoder(backbone).logits([span, TokenIds(QUESTION)]), plain, atol=1e-4, rtol=0)
 
 
 # -- the two scores ---------------------------------------------------------------------------------------------------
-
-
-def eager_model(backbone: Backbone) -> PreTrainedModel:
-    model = backbone.second_tree()
-    model.set_attn_implementation("eager")
-    return model
 
 
 @pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
@@ -143,64 +141,6 @@ def test_kept_keys_are_the_keys_of_the_same_hidden_states_at_their_new_positions
         torch.testing.assert_close(pot.values[0][head], cache.layers[0].values[0, head], atol=1e-4, rtol=0)
 
 
-def rotate_half(row: Tensor) -> Tensor:
-    return torch.cat([-row[len(row) // 2 :], row[: len(row) // 2]])
-
-
-def best_first(scores: list[float]) -> list[int]:
-    return sorted(range(len(scores)), key=lambda i: -scores[i])
-
-
-def slow_infinipot(backbone: Backbone, ids: list[int], catalyst: list[int], room: int, keep: int,
-                   alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """InfiniPot with eager attention, one token at a time, one head at a time. (keys, values, indices)."""
-    model: Any = eager_model(backbone)
-    layers, heads = 2, 2
-
-    def turned(key: Tensor, old: int, new: int) -> Tensor:
-        cos, sin = model.model.rotary_emb(key[None], torch.tensor([[old]]))
-        dim = cos.shape[-1]
-        plain = key[:dim] * cos[0, 0] - rotate_half(key[:dim]) * sin[0, 0]
-        cos, sin = model.model.rotary_emb(key[None], torch.tensor([[new]]))
-        return torch.cat([plain * cos[0, 0] + rotate_half(plain) * sin[0, 0], key[dim:]])
-
-    cache: Any = DynamicCache(config=model.config)
-    held = [[[] for _ in range(heads)] for _ in range(layers)]  # type: ignore[var-annotated]
-    novelty: dict[int, float] = {}
-    foretold: Tensor | None = None
-    size = 0
-    for number, token in enumerate(ids):
-        novelty[number] = math.inf if foretold is None else -float(foretold.log_softmax(-1)[token])
-        out = model(torch.tensor([[token]]), position_ids=torch.tensor([[size]]), past_key_values=cache)
-        foretold = out.logits[0, -1]
-        size += 1
-        for of_layer in held:
-            for of_head in of_layer:
-                of_head.append(number)
-        if (size < room and number < len(ids) - 1) or size <= keep:
-            continue
-        places = torch.arange(size, size + len(catalyst))[None]
-        weights = model(torch.tensor([catalyst]), position_ids=places, past_key_values=cache,
-                        output_attentions=True).attentions
-        fresh: Any = DynamicCache(config=model.config)
-        for layer in range(layers):
-            keys, values = [], []
-            for head in range(heads):
-                tokens = held[layer][head]
-                mass = weights[layer][0, 2 * head : 2 * head + 2, :, :size].sum((0, 1)).tolist()
-                novel = best_first([novelty[t] for t in tokens])[: int(alpha * keep)]
-                rest = [i for i in best_first(mass) if i not in novel]
-                best = sorted(novel + rest[: keep - len(novel)])
-                old = cache.layers[layer]
-                keys.append(torch.stack([turned(old.keys[0, head, p], p, j) for j, p in enumerate(best)]))
-                values.append(old.values[0, head, best])
-                held[layer][head] = [tokens[p] for p in best]
-            fresh.update(torch.stack(keys)[None], torch.stack(values)[None], layer)
-        cache, size = fresh, keep
-    return (torch.stack([layer.keys[0] for layer in cache.layers]),
-            torch.stack([layer.values[0] for layer in cache.layers]), torch.tensor(held))
-
-
 @pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
 @pytest.mark.parametrize("pots", [1, 2, 6])
 def test_any_number_of_pots_equals_the_slow_reference(name: str, pots: int) -> None:
@@ -209,19 +149,25 @@ def test_any_number_of_pots_equals_the_slow_reference(name: str, pots: int) -> N
     keep = 13
     room = {1: 70, 2: 42, 6: 23}[pots]
     config = InfiniPotConfig(pot_tokens=room + len(catalyst), catalyst="So:", step_tokens=8)
+    slow = SlowPot(backbone, catalyst)
     with torch.no_grad():
-        keys, values, indices = slow_infinipot(backbone, IDS, catalyst, room, keep, alpha=0.5)
+        for number, token in enumerate(IDS):
+            slow.read(token)
+            if slow.size > keep and (slow.size == room or number == len(IDS) - 1):
+                slow.distil(keep)
     pot = infinipot(config, name).distilled(IDS, keep)
-    assert pot.indices.equal(indices)
-    torch.testing.assert_close(torch.stack(pot.keys), keys, atol=2e-4, rtol=0)
-    torch.testing.assert_close(torch.stack(pot.values), values, atol=2e-4, rtol=0)
+    assert pot.indices.tolist() == slow.held
+    for layer in range(2):
+        torch.testing.assert_close(pot.keys[layer], slow.cache.layers[layer].keys[0], atol=2e-4, rtol=0)
+        torch.testing.assert_close(pot.values[layer], slow.cache.layers[layer].values[0], atol=2e-4, rtol=0)
 
 
 def test_the_order_of_the_text_is_kept_and_positions_are_consecutive() -> None:
     compressor = infinipot(InfiniPotConfig(pot_tokens=40, catalyst="So:"))
     chunk = chunk_of(compressor.backbone, "One two three four five six seven eight nine ten. " * 3)
-    [(span, indices)] = compressor.compress_with_indices([chunk])
-    assert bool((indices.diff(dim=-1) > 0).all())
+    [span] = compressor.compress([chunk])
+    assert span.kept is not None
+    assert bool((span.kept.diff(dim=-1) > 0).all())
     assert (span.positions.tolist(), span.num_positions) == (list(range(span.num_slots)), span.num_slots)
     assert span.num_slots == math.ceil(chunk.num_tokens / 4)
 
@@ -303,6 +249,52 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InputError, match="'cap' scores by a catalyst prompt; `catalyst` must not be empty"):
         InfiniPotConfig(rule=CaP(), catalyst="")
     assert InfiniPotConfig(rule=StreamingLLM(), catalyst="").rule.sink == 4
+    with pytest.raises(InputError, match="number of slots or of bytes, got num_slots=3 and span_bytes=100"):
+        InfiniPotConfig(num_slots=3, span_bytes=100)
+
+
+# -- budgets ---------------------------------------------------------------------------------------------------------
+
+SLOT_BYTES = 2 * 2 * 2 * 8 * 4  # keys and values, layers, kv heads, head size, float32
+
+
+@pytest.mark.parametrize(("budget", "slots"), [
+    ("7slots", 7), ("1 slot", 1), ("10x", 15), ("2.5x", 60), (f"{SLOT_BYTES * 9}B", 9),
+    (f"{SLOT_BYTES * 9 + SLOT_BYTES - 1}B", 9), ("2KiB", 2048 // SLOT_BYTES), ("0.5 KiB", 512 // SLOT_BYTES),
+    ("1GiB", 150), ("1000slots", 150),
+])
+def test_a_budget_is_slots_bytes_or_a_factor_and_never_more_than_the_text(budget: str, slots: int) -> None:
+    compressor = InfiniPotCompressor.ready_for(tiny_backbone("llama"), Budget.parse(budget))
+    [span] = compressor.compress([chunk_of(compressor.backbone, "~" * 150)])
+    assert span.num_source_tokens == 150
+    assert span.num_slots == slots == compressor.num_slots(150)
+    assert span.nbytes == slots * compressor.slot_bytes
+    assert compressor.slot_bytes == SLOT_BYTES
+
+
+def test_bytes_are_counted_as_the_slots_leave_the_pot() -> None:
+    config = InfiniPotConfig(span_bytes=SLOT_BYTES * 9, slot_dtype="bfloat16")
+    assert infinipot(config).num_slots(150) == 18
+
+
+@pytest.mark.parametrize("budget", ["", "4", "x", "-3slots", "4 X", "1e9slots", "64kb", "slots", "nanx"])
+def test_other_budgets_are_refused_with_an_example_of_each_kind(budget: str) -> None:
+    with pytest.raises(InputError, match=r"a budget such as '256slots', '64KiB' or '4x', got "):
+        Budget.parse(budget)
+
+
+def test_budgets_that_hold_nothing_are_refused_with_the_size_of_a_slot() -> None:
+    with pytest.raises(InputError, match=rf"takes {SLOT_BYTES} bytes, so a budget of 100 bytes holds none; raise it"):
+        infinipot(InfiniPotConfig(span_bytes=100))
+    with pytest.raises(InputError, match="num_slots of at least 1, got 0"):
+        InfiniPotCompressor.ready_for(tiny_backbone("llama"), Budget.parse("0slots"))
+    with pytest.raises(InputError, match=r"factor of at least 1, got 0\.5"):
+        Budget.parse("0.5x")
+
+
+def test_trained_methods_take_no_budget() -> None:
+    with pytest.raises(InputError, match=r"pcc spans have the size that the compressor was trained for.*--factor"):
+        compressor_class("pcc").ready_for(tiny_backbone("llama"), Budget.parse("4x"))
 
 
 # -- hooks and other models ------------------------------------------------------------------------------------------
@@ -353,6 +345,18 @@ def test_threads_that_compress_and_decode_at_once_do_not_disturb_each_other() ->
             for span, expected in zip(job.result(), alone, strict=True):
                 assert_same_span(span, expected)
         assert all(r.result().equal(logits) for r in reads)
+
+
+def test_linear_attention_is_refused_with_the_reason() -> None:
+    config = Qwen3NextConfig(
+        vocab_size=len(tiny_tokenizer()), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, linear_num_value_heads=2, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"], eos_token_id=1)
+    backbone = Backbone(tiny_model(config), tiny_tokenizer(), model_id="next")
+    for make in (InfiniPotCompressor, partial(FrozenDecoder, cache_budget=128)):
+        with pytest.raises(UnsupportedModelError, match=r"linear-attention layers .* keep a state and no keys"):
+            make(backbone)
 
 
 @pytest.mark.parametrize(("name", "reason"), [

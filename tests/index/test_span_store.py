@@ -46,6 +46,19 @@ def test_a_span_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
     assert_same_span(span_from_bytes(span_to_bytes(kv)), kv)
 
 
+def test_the_kept_tokens_of_a_kv_span_come_back() -> None:
+    kv = kv_span(CHUNK, 2, torch.float32)
+    kept = torch.arange(kv.num_slots).expand(kv.num_layers, kv.num_kv_heads, -1)
+    back = span_from_bytes(span_to_bytes(replace(kv, kept=kept)))
+    assert isinstance(back, KVSpan)
+    assert back.kept is not None
+    assert back.kept.tolist() == kept.tolist()
+    assert back.kept.dtype == torch.int32
+    without = span_from_bytes(span_to_bytes(kv))
+    assert isinstance(without, KVSpan)
+    assert without.kept is None
+
+
 def test_strided_views_come_back_too() -> None:
     strided = SoftSpan(CHUNK.id, 8, torch.arange(0, 8, 2), 9, torch.randn(16, 4).T)
     assert_same_span(span_from_bytes(span_to_bytes(strided)), strided)

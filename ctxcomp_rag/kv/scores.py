@@ -8,7 +8,7 @@
         def score(self, entries): return -entries.indices.float()
 
 Reading the text, gathering what the rule asked for (`queries`, `novelty`), keeping the best and moving their keys is
-the work of `compressors/pot.py`.
+the work of `kv/pot.py`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,34 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ctxcomp_rag.errors import InputError
 
 Reduce = Literal["sum", "mean", "max"]
 Queries = Literal["none", "catalyst", "window", "all"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What the attention module of a layer was given for the last r tokens read (since the last distillation).
+
+    Attributes:
+        module: the attention module.
+        rotary: the decoder's rotary embedding.
+        hidden_states: (1, r, hidden_size), the module's input.
+        position_embeddings: cos and sin, (1, r, rotary_dim) each.
+    """
+
+    module: nn.Module
+    rotary: nn.Module
+    hidden_states: Tensor
+    position_embeddings: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +55,13 @@ class Entries:
         values: (num_kv_heads, n, head_dim).
         indices: (num_kv_heads, n) place of each entry's token in the whole text; heads may hold different tokens.
         novelty: (num_kv_heads, n) -log p of each entry's token when it was read, inf for the first token of all
-            (nothing foretold it); None unless the rule asks for it.
+            (nothing foretold it), -inf where there is no such number: slots of spans, and the first token after
+            cached ones; None unless the rule asks for it.
         attention: (num_kv_heads, n) attention mass from the rule's `queries`; None for a rule that has none.
         num_keep: how many of the candidates will be kept.
         num_read: tokens of the text read so far.
         layer: number of the layer.
+        reading: inputs of the layer's attention; None unless the rule asks for them.
     """
 
     keys: Tensor
@@ -51,6 +72,7 @@ class Entries:
     num_keep: int
     num_read: int
     layer: int
+    reading: Reading | None = None
 
 
 class ScoringRule(ABC):
@@ -60,6 +82,8 @@ class ScoringRule(ABC):
         queries: whose attention the rule wants to see: of the catalyst prompt, of the last `window` tokens read, of
             "all" tokens read (accumulated since the entry came in), or of "none".
         novelty: whether it wants to see -log p of the tokens.
+        reading: whether it wants to see the inputs of the attention modules. They are kept from one distillation to
+            the next, (|M| - |C|) x hidden_size numbers for each layer.
         reduce: how the masses of several queries, and of the query heads that share a kv head, become one number
             ("sum" or "max" for a rule that accumulates over "all").
         window: queries of a "window" rule.
@@ -69,6 +93,7 @@ class ScoringRule(ABC):
     name: ClassVar[str]
     queries: ClassVar[Queries] = "none"
     novelty: ClassVar[bool] = False
+    reading: ClassVar[bool] = False
     reduce: Reduce = "sum"
     window: int = 0
 
@@ -79,6 +104,9 @@ class ScoringRule(ABC):
     @property
     def recent(self) -> int:
         return 0
+
+    def prepare(self, model: PreTrainedModel) -> None:  # noqa: B027
+        """Called with the decoder before it reads; most rules need nothing from it."""
 
     @abstractmethod
     def score(self, entries: Entries) -> Tensor:
@@ -93,6 +121,8 @@ class ScoringRule(ABC):
 RULES: dict[str, type[ScoringRule]] = {}
 """The rules by name; `scoring_rule` adds one."""
 
+_WITH_EXTRA_PACKAGES = {"kvpress": "ctxcomp_rag.kv.press:KVPress"}
+
 _Rule = TypeVar("_Rule", bound=type[ScoringRule])
 
 
@@ -104,9 +134,13 @@ def scoring_rule(rule: _Rule) -> _Rule:
 
 def make_rule(name: str, settings: Mapping[str, Any] | None = None) -> ScoringRule:
     """The rule of that name; raises InputError naming the rules, or the settings, that there are."""
-    if name not in RULES:
-        raise InputError(f"there is no scoring rule {name!r}; expected one of {', '.join(sorted(RULES))}")
-    rule: Any = RULES[name]
+    rule: Any = RULES.get(name)
+    if name in _WITH_EXTRA_PACKAGES:
+        module, attribute = _WITH_EXTRA_PACKAGES[name].split(":")
+        rule = getattr(import_module(module), attribute)
+    if rule is None:
+        known = sorted({*RULES, *_WITH_EXTRA_PACKAGES})
+        raise InputError(f"there is no scoring rule {name!r}; expected one of {', '.join(known)}")
     known = [f.name for f in fields(rule)]
     unknown = sorted(set(settings or {}) - set(known))
     if unknown:
@@ -172,9 +206,10 @@ class InfiniPot(ScoringRule):
             raise InputError(f"alpha is a fraction of the places, from 0 to 1, got {self.alpha:g}")
 
     def score(self, entries: Entries) -> Tensor:
-        novelty = seen(entries.novelty)
-        novel = novelty.topk(int(self.alpha * entries.num_keep), dim=-1).indices
-        return seen(entries.attention).scatter(-1, novel, torch.inf)
+        attention = seen(entries.attention)
+        novelty, novel = seen(entries.novelty).topk(int(self.alpha * entries.num_keep), dim=-1)
+        # entries without a novelty are the catalyst's to judge, however many places are left
+        return attention.scatter(-1, novel, attention.gather(-1, novel).where(novelty.isneginf(), torch.inf))
 
 
 @scoring_rule
@@ -274,7 +309,7 @@ def choose(rule: ScoringRule, entries: Entries, *, sink: int, recent: int) -> Te
         entries.keys[:, inner], entries.values[:, inner], entries.indices[:, inner],
         None if entries.novelty is None else entries.novelty[:, inner],
         None if entries.attention is None else entries.attention[:, inner],
-        keep - sink - recent, entries.num_read, entries.layer,
+        keep - sink - recent, entries.num_read, entries.layer, entries.reading,
     )
     scores = rule.score(candidates).expand(heads, n - sink - recent)
     best = scores.topk(candidates.num_keep, dim=-1).indices.sort(dim=-1).values + sink
@@ -291,6 +326,7 @@ __all__ = [
     "KeyNorm",
     "NuC",
     "Random",
+    "Reading",
     "ScoringRule",
     "SnapKV",
     "StreamingLLM",

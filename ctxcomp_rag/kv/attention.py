@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ctxcomp_rag.compressors.kv_scores import Reduce
 from ctxcomp_rag.errors import UnsupportedModelError
+from ctxcomp_rag.kv.scores import Reading, Reduce
 
 Observer: TypeAlias = Callable[[int, Tensor], None]
 """Called with (layer, queries (num_heads, n, head_dim) as they meet the keys) when a layer's attention is done."""
@@ -61,6 +61,29 @@ def observed_queries(model: PreTrainedModel, observer: Observer) -> Iterator[Non
             handle.remove()
 
 
+@contextmanager
+def observed_inputs(model: PreTrainedModel, observer: Callable[[int, Reading], None]) -> Iterator[None]:
+    """While the context is open, every forward pass of `model` reports what its attention modules are given.
+
+    Called with (layer, reading) when a layer's attention begins; else as `observed_queries`.
+    """
+    handles: list[Any] = []
+    rotary = next((m for n, m in model.named_modules() if n.split(".")[-1] == "rotary_emb"), None)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        rotation = kwargs.get("position_embeddings", args[1] if len(args) > 1 else None)
+        observer(int(module.layer_idx), Reading(module, rotary, hidden, rotation))  # type: ignore[arg-type]
+
+    try:
+        for attention in attention_layers(model):
+            handles.append(attention.register_forward_pre_hook(before, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Watcher:
     """Follows one attention module through one forward pass."""
 
@@ -100,16 +123,27 @@ def scaling_of(attention: nn.Module) -> float:
     return float(scaling if scaling is not None else attention.head_dim**-0.5)  # type: ignore[operator]
 
 
-def attention_weights(queries: Tensor, keys: Tensor, scaling: float, first: int) -> Tensor:
+def softcap_of(attention: nn.Module) -> float | None:
+    """Bound that the products are squashed to before the softmax (Gemma 2); None without one."""
+    cap = getattr(attention, "attn_logit_softcapping", None)
+    return None if cap is None else float(cap)
+
+
+def attention_weights(queries: Tensor, keys: Tensor, scaling: float, first: int,
+                      softcap: float | None = None) -> Tensor:
     """Softmax weights (num_kv_heads, group, q, n) in float32; query i stands at entry `first + i` and sees up to it."""
     heads, q, dim = queries.shape
     kv_heads, n = keys.shape[:2]
     products = queries.reshape(kv_heads, heads // kv_heads, q, dim) @ keys[:, None].transpose(-1, -2)
+    products = products.float() * scaling
+    if softcap is not None:
+        products = softcap * (products / softcap).tanh()
     ahead = torch.arange(n, device=keys.device) > torch.arange(first, first + q, device=keys.device)[:, None]
-    return (products.float() * scaling).masked_fill(ahead, -torch.inf).softmax(dim=-1)
+    return products.masked_fill(ahead, -torch.inf).softmax(dim=-1)
 
 
-def attention_mass(queries: Tensor, keys: Tensor, scaling: float, reduce: Reduce) -> Tensor:
+def attention_mass(queries: Tensor, keys: Tensor, scaling: float, reduce: Reduce,
+                   softcap: float | None = None) -> Tensor:
     """Mass (num_kv_heads, n) that the last tokens put on every entry.
 
     Args:
@@ -121,7 +155,7 @@ def attention_mass(queries: Tensor, keys: Tensor, scaling: float, reduce: Reduce
     total = torch.zeros(keys.shape[:2], device=keys.device)
     for begin in range(0, q, _BLOCK_QUERIES):
         block = queries[:, begin : begin + _BLOCK_QUERIES]
-        weights = attention_weights(block, keys, scaling, n - q + begin)
+        weights = attention_weights(block, keys, scaling, n - q + begin, softcap)
         total = torch.maximum(total, weights.amax((1, 2))) if reduce == "max" else total + weights.sum((1, 2))
     return total / (q * queries.shape[0] // keys.shape[0]) if reduce == "mean" else total
 
@@ -152,20 +186,20 @@ def require_observable(model: PreTrainedModel) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    error = max(_explained(queries[i], cache.layers[i], scaling_of(a), own[i]) for i, a in enumerate(layers))
+    error = max(_explained(queries[i], cache.layers[i], a, own[i]) for i, a in enumerate(layers))
     if not error < 0.05:  # correct queries: 1e-6 in float32, 1e-2 in bfloat16
         raise UnsupportedModelError(f"attention of {config.model_type!r} computed from its queries and keys misses the "
                                     f"model's own by {error:.0%}, so it is no plain softmax attention. "
                                     "Use a scoring rule without attention (nuc, key_norm, streaming_llm)")
 
 
-def _explained(queries: Tensor, layer: Any, scaling: float, own: Tensor) -> float:
-    weights = attention_weights(queries, layer.keys[0], scaling, 0)
+def _explained(queries: Tensor, layer: Any, attention: nn.Module, own: Tensor) -> float:
+    weights = attention_weights(queries, layer.keys[0], scaling_of(attention), 0, softcap_of(attention))
     mixed = (weights @ layer.values[0].float()[:, None]).flatten(0, 1).transpose(0, 1).flatten(1)
     if mixed.shape != own.shape:
         return float("inf")
     return float((mixed - own).norm() / own.norm())
 
 
-__all__ = ["Observer", "attention_layers", "attention_mass", "attention_weights", "observed_queries",
-           "require_observable", "scaling_of"]
+__all__ = ["Observer", "attention_layers", "attention_mass", "attention_weights", "observed_inputs",
+           "observed_queries", "require_observable", "scaling_of", "softcap_of"]
