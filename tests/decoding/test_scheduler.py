@@ -364,10 +364,20 @@ def test_a_request_that_waits_is_cancelled_without_being_read(scheduler: Request
 
 def test_every_reader_of_a_cancelled_request_is_told(scheduler: RequestScheduler, gate: Gate) -> None:
     """Also those on an event loop, when the task of only one of them was cancelled."""
-    gate.hold()
+    gate.hold(after=30)
     ticket = scheduler.submit([ids(1, 4)], GenerationSettings(400))
-    pieces = ticket.pieces()
+    gate.held()  # after the first pieces
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lambda: list(ticket.pieces()))
+        told = cancel_one_of_three(ticket, gate)
+        with pytest.raises(CancelledError):
+            reading.result(PATIENCE)
+    assert told == [asyncio.CancelledError] * 3
+    with pytest.raises(CancelledError):
+        ticket.result(PATIENCE)
 
+
+def cancel_one_of_three(ticket: Ticket, gate: Gate) -> list[type]:
     async def main() -> list[BaseException | Any]:
         tasks = [asyncio.create_task(ticket.aresult()) for _ in range(3)]
         await asyncio.sleep(0)
@@ -376,11 +386,7 @@ def test_every_reader_of_a_cancelled_request_is_told(scheduler: RequestScheduler
         gate.open.set()
         return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), PATIENCE)
 
-    assert [type(e) for e in asyncio.run(main())] == [asyncio.CancelledError] * 3
-    with pytest.raises(CancelledError):
-        list(pieces)
-    with pytest.raises(CancelledError):
-        ticket.result(PATIENCE)
+    return [type(e) for e in asyncio.run(main())]
 
 
 def test_cancelling_what_has_ended_changes_nothing(scheduler: RequestScheduler) -> None:
@@ -487,7 +493,7 @@ def test_a_span_with_values_that_are_no_numbers_ends_its_own_row(decoder: Frozen
 
 def test_after_an_error_of_a_step_the_batch_ends_and_those_who_wait_are_served(
         decoder: FrozenDecoder, scheduler: RequestScheduler, gate: Gate) -> None:
-    gate.hold(after=1)  # the first step fails, and only then the others may join
+    gate.hold(after=1)  # in the first step, which then fails: the others are to join after it
     running = scheduler.submit([ids(0, 3)], GenerationSettings(9))
     gate.held()
     waiting = [scheduler.submit([ids(n, 4)], GenerationSettings(6)) for n in (1, 2)]
