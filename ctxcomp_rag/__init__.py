@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ctxcomp_rag.chunking import Chunk, Document, split_document
     from ctxcomp_rag.compressors import Compressor, load_compressor
     from ctxcomp_rag.decoding import (
+        Blended,
         FrozenDecoder,
         Generation,
         GenerationSettings,
@@ -46,8 +47,8 @@ _HOME = {
     "chunking": ("Chunk", "Document", "split_document"),
     "compressors": ("Compressor", "load_compressor"),
     "decoding": (
-        "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "RequestScheduler", "Text", "Ticket",
-        "render_chat", "splice",
+        "Blended", "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part", "RequestScheduler", "Text",
+        "Ticket", "render_chat", "splice",
     ),
     "errors": (
         "CtxcompError", "InputError", "SchedulerFullError", "SpanReferenceError", "UnsupportedModelError",
@@ -65,6 +66,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "Answer",
     "Backbone",
+    "Blended",
     "ChatPrompt",
     "ChatTurn",
     "Chunk",

@@ -105,7 +105,7 @@ class Compressor(ABC):
         """
         if budget is not None:
             raise InputError(f"{cls.name} spans have the size that the compressor was trained for; a budget is for "
-                             "methods that need no training (infinipot). Use --factor")
+                             "methods that need no training. Use --factor")
         if backbone.model_id != EMBEDDED_MODEL:
             raise InputError(f"there is no trained {cls.name} compressor for {backbone.model_id!r} in this package; "
                              f"train one and pass its folder, or use --model {EMBEDDED_MODEL}")
