@@ -120,6 +120,19 @@ class SpanChat:
         parts = render_chat(self.backbone.tokenizer, messages)
         return ChatPrompt(tuple(parts), tuple(resolver.chunk_ids), resolver.rejected)
 
+    def with_references(self, text: str) -> tuple[Content, ...]:
+        """Text in which a framework's chain has put references, as content. What spells the beginning of one and is
+        none stays text, or raises SpanReferenceError where `on_invalid` is "raise": a splitter may have cut it, or
+        somebody may have typed it."""
+        try:
+            return with_references(text)
+        except SpanReferenceError:
+            self.references.refused("cut", "")
+            if self.on_invalid == "raise":
+                raise
+        pieces = find_references(text)
+        return tuple(SpanReference(p) if i % 2 else p for i, p in enumerate(pieces) if p)
+
     def submit(self, prompt: ChatPrompt, settings: GenerationSettings | None = None) -> Ticket:
         """Queue a prompt for the shared decoder; see `RequestScheduler.submit`."""
         return self.scheduler.submit(prompt.parts, settings)

@@ -67,8 +67,8 @@ class DecodingLoop:
             self._state = fresh if self._state is None else merge([self._state, fresh], self.backbone)
         self._together += [r for r, _ in spliced]
         self._alone += bounded
-        for request, prompt in spliced:  # the cache holds it now; a caller may keep its request for long
-            request.prompt = replace(prompt, runs=())
+        for request, runs in spliced:  # the cache holds it now; a caller may keep its request for long
+            request.prompt = replace(runs, runs=())
 
     @torch.inference_mode()
     def advance(self) -> list[Request]:

@@ -237,6 +237,11 @@ class RequestScheduler:
             raise InputError("this decoder was opened before the process was forked, and its threads did not come "
                              "along; open it in each process, after the fork")
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closed
+
     def close(self) -> None:
         """Finish what was submitted, take nothing more."""
         if self._process != os.getpid():

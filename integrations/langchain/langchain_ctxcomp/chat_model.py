@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
@@ -12,7 +15,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import run_in_executor
+from langchain_core.runnables.config import get_config_list, run_in_executor
 from pydantic import Field, PrivateAttr
 
 from ctxcomp_rag import (
@@ -22,13 +25,12 @@ from ctxcomp_rag import (
     InputError,
     SpanChat,
     Stripper,
-    Ticket,
     UnsupportedModelError,
 )
 from langchain_ctxcomp.messages import read_messages, without_system
 from langchain_ctxcomp.scope import current_scope, scope_of
 
-_OPENED: dict[tuple[str, str | None], SpanChat] = {}
+_OPENED: WeakValueDictionary[tuple[str, str | None], SpanChat] = WeakValueDictionary()
 _LOCK = threading.Lock()
 
 
@@ -90,6 +92,11 @@ class ChatCtxcomp(BaseChatModel):
             params["ls_stop"] = stop or self.stop
         return params
 
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """LangChain's cache key: an answer of one scope is none of another's, whatever its references say."""
+        scope = hashlib.sha256(current_scope(self._chat).encode()).hexdigest()
+        return f"{super()._get_llm_string(stop=stop, **kwargs)}|{scope}"
+
     # -- every call is made in the scope of its own configuration ------------------------------------------------------
 
     def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
@@ -100,6 +107,14 @@ class ChatCtxcomp(BaseChatModel):
                       ) -> AIMessage:
         with scope_of(config):
             return await super().ainvoke(input, config, **kwargs)
+
+    def batch(self, inputs: list[LanguageModelInput], config: RunnableConfig | list[RunnableConfig] | None = None, *,
+              return_exceptions: bool = False, **kwargs: Any) -> list[AIMessage]:
+        # LangChain's threads are as many as the cores; ours wait, and what they wait for decodes together
+        room = self._chat.scheduler.max_batch
+        configs = get_config_list(config, len(inputs))
+        wide = [{**c, "max_concurrency": c.get("max_concurrency") or room} for c in configs]
+        return super().batch(inputs, wide, return_exceptions=return_exceptions, **kwargs)  # type: ignore[arg-type]
 
     def stream(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
                ) -> Iterator[AIMessageChunk]:
@@ -130,7 +145,8 @@ class ChatCtxcomp(BaseChatModel):
 
     def _generate(self, messages: list[BaseMessage], stop: list[str] | None = None,
                   run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any) -> ChatResult:
-        prompt, ticket = self._submit(messages, current_scope(self._chat), stop, kwargs)
+        prompt = self._prompt(messages, current_scope(self._chat))
+        ticket = self._chat.submit(prompt, self._settings(stop, kwargs))
         try:
             return self._result(prompt, ticket.result())
         finally:
@@ -138,13 +154,14 @@ class ChatCtxcomp(BaseChatModel):
 
     async def _agenerate(self, messages: list[BaseMessage], stop: list[str] | None = None,
                          run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any) -> ChatResult:
-        scope = current_scope(self._chat)
-        prompt, ticket = await run_in_executor(None, self._submit, messages, scope, stop, kwargs)
+        prompt = await run_in_executor(None, self._prompt, messages, current_scope(self._chat))
+        ticket = self._chat.submit(prompt, self._settings(stop, kwargs))
         return self._result(prompt, await ticket.aresult())
 
     def _stream(self, messages: list[BaseMessage], stop: list[str] | None = None,
                 run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
-        prompt, ticket = self._submit(messages, current_scope(self._chat), stop, kwargs)
+        prompt = self._prompt(messages, current_scope(self._chat))
+        ticket = self._chat.submit(prompt, self._settings(stop, kwargs))
         shown = Stripper()
         try:
             for piece in ticket.pieces():
@@ -160,8 +177,8 @@ class ChatCtxcomp(BaseChatModel):
     async def _astream(self, messages: list[BaseMessage], stop: list[str] | None = None,
                        run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any
                        ) -> AsyncIterator[ChatGenerationChunk]:
-        scope = current_scope(self._chat)
-        prompt, ticket = await run_in_executor(None, self._submit, messages, scope, stop, kwargs)
+        prompt = await run_in_executor(None, self._prompt, messages, current_scope(self._chat))
+        ticket = self._chat.submit(prompt, self._settings(stop, kwargs))
         shown = Stripper()
         try:
             async for piece in ticket.apieces():
@@ -186,18 +203,13 @@ class ChatCtxcomp(BaseChatModel):
     # -- from messages to the decoder and back -----------------------------------------------------------------------
 
     def _prompt(self, messages: Sequence[BaseMessage], scope: str) -> ChatPrompt:
-        turns = read_messages(messages, text_references=self.allow_text_references)
+        turns = read_messages(messages, self._chat.with_references if self.allow_text_references else None)
         try:
             return self._chat.prompt(turns, scope)
         except UnsupportedModelError:
             if not any(t.role == "system" for t in turns):
                 raise
             return self._chat.prompt(without_system(turns), scope)
-
-    def _submit(self, messages: Sequence[BaseMessage], scope: str, stop: list[str] | None, kwargs: dict[str, Any]
-                ) -> tuple[ChatPrompt, Ticket]:
-        prompt = self._prompt(messages, scope)
-        return prompt, self._chat.submit(prompt, self._settings(stop, kwargs))
 
     def _settings(self, stop: list[str] | None, kwargs: dict[str, Any]) -> GenerationSettings:
         chosen = {n: kwargs[n] if kwargs.get(n) is not None else getattr(self, n)
@@ -230,10 +242,12 @@ def _usage(made: Generation) -> UsageMetadata:
 
 def _opened(index: str, model: str | None) -> SpanChat:
     """Models that name the same folder share one decoder."""
+    key = (str(Path(index).resolve()), model)
     with _LOCK:
-        if (index, model) not in _OPENED:
-            _OPENED[index, model] = SpanChat.open(index, model=model)
-        return _OPENED[index, model]
+        found = _OPENED.get(key)
+        if found is None or found.scheduler.closed:
+            found = _OPENED[key] = SpanChat.open(index, model=model)
+        return found
 
 
 __all__ = ["ChatCtxcomp"]

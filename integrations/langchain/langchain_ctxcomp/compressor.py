@@ -69,9 +69,17 @@ class SpanDocumentCompressor(BaseDocumentCompressor):
             if self.on_error == "raise" or self.on_missing == "raise":
                 raise
             logger.warning("documents stay text: %s", error)
-            return [d.model_copy(update={"metadata": {k: v for k, v in d.metadata.items() if k != REFERENCE_KEY}})
-                    for d in documents]
-        return made
+            return [_with_text(d.model_copy(update={"metadata": {k: v for k, v in d.metadata.items()
+                                                                 if k != REFERENCE_KEY}})) for d in documents]
+        return [_with_text(d) for d in made]
+
+
+def _with_text(document: Document) -> Document:
+    """A document without a span shows its text where the others show their reference, spelled so that it names none."""
+    if REFERENCE_KEY in document.metadata:
+        return document
+    text = document.page_content.replace("[[span:", "[[ span:")
+    return document.model_copy(update={"metadata": {**document.metadata, REFERENCE_KEY: text}})
 
 
 __all__ = ["SpanDocumentCompressor"]

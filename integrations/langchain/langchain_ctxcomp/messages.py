@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage
 
-from ctxcomp_rag import ChatTurn, InputError, SpanReference, with_references
+from ctxcomp_rag import ChatTurn, InputError, SpanReference
 
 _SEPARATOR = "\n\n"
 
 
-def read_messages(messages: Sequence[BaseMessage], *, text_references: bool) -> list[ChatTurn]:
+Content = str | SpanReference
+
+
+def read_messages(messages: Sequence[BaseMessage], scan: Callable[[str], tuple[Content, ...]] | None
+                  ) -> list[ChatTurn]:
     """Turns with alternating roles; neighbours of one role become one turn, as chat templates expect.
 
     Args:
-        text_references: look for references in plain text too: in system messages and the last human one, where a
-            chain puts its context, never in what was said before.
+        scan: finds references in plain text; used on system messages and the last human one, where a chain puts its
+            context, never on what was said before.
 
     Raises:
-        SpanReferenceError: a reference in the context was cut.
         InputError: there is something else than text and spans.
     """
     last = max((i for i, m in enumerate(messages) if isinstance(m, HumanMessage)), default=-1)
     turns: list[ChatTurn] = []
     for i, message in enumerate(messages):
-        context = text_references and (i == last or isinstance(message, SystemMessage))
-        content = tuple(c for block in _blocks(message) for c in _content(block, context))
+        looking = scan if i == last or isinstance(message, SystemMessage) else None
+        content = tuple(c for block in _blocks(message) for c in _content(block, looking))
         role = _role(message)
         if turns and turns[-1].role == role:
             turns[-1] = ChatTurn(role, (*turns[-1].content, _SEPARATOR, *content))
@@ -62,12 +65,12 @@ def _blocks(message: BaseMessage) -> list[Any]:
     return [message.content] if isinstance(message.content, str) else list(message.content)
 
 
-def _content(block: Any, context: bool) -> tuple[str | SpanReference, ...]:
+def _content(block: Any, scan: Callable[[str], tuple[Content, ...]] | None) -> tuple[Content, ...]:
     if isinstance(block, str):
-        return with_references(block) if context else (block,) if block else ()
+        return scan(block) if scan else (block,) if block else ()
     kind = block.get("type") if isinstance(block, dict) else None
     if kind == "text" and isinstance(block.get("text"), str):
-        return _content(block["text"], context)
+        return _content(block["text"], scan)
     if kind == "span" and isinstance(block.get("ref"), str):
         text = block.get("text")
         return (SpanReference(block["ref"], text if isinstance(text, str) else None),)

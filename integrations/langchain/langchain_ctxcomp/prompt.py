@@ -13,11 +13,11 @@ from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate, Promp
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from langchain_core.runnables.config import ensure_config
 
-from ctxcomp_rag import InputError
+from ctxcomp_rag import InputError, find_references
 from langchain_ctxcomp.chunks import REFERENCE_KEY
 
 SPAN_DOCUMENT_PROMPT: BasePromptTemplate[str] = PromptTemplate.from_template("{" + REFERENCE_KEY + "}")
-"""For `create_stuff_documents_chain(..., document_prompt=SPAN_DOCUMENT_PROMPT)`: every document must have a span. The
+"""For `create_stuff_documents_chain(..., document_prompt=SPAN_DOCUMENT_PROMPT)` behind a `SpanDocumentCompressor`. The
 model needs `ChatCtxcomp(..., allow_text_references=True)`."""
 
 
@@ -76,10 +76,12 @@ def _context(documents: Sequence[Document]) -> list[dict[str, str]]:
     for document in documents:
         if blocks:
             blocks.append({"type": "text", "text": "\n\n"})
-        reference = document.metadata.get(REFERENCE_KEY)
+        reference = document.metadata.get(REFERENCE_KEY)  # the text itself where a document has no span
         text = document.page_content
-        blocks.append({"type": "span", "ref": reference, "text": text} if isinstance(reference, str)
-                      else {"type": "text", "text": text})
+        if isinstance(reference, str) and find_references(reference) == ["", reference, ""]:
+            blocks.append({"type": "span", "ref": reference, "text": text})
+        else:
+            blocks.append({"type": "text", "text": text})
     return blocks
 
 

@@ -15,7 +15,8 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableLambda
 from langchain_core.runnables.config import ensure_config
 
 from ctxcomp_rag import SpanChat, new_scope
@@ -60,10 +61,12 @@ def with_span_scope(runnable: Runnable[Any, Any], *, scope: str | None = None) -
     """
 
     def choose(config: RunnableConfig) -> RunnableConfig:
-        if scope is None and SCOPE_KEY in (config.get("configurable") or {}):
+        if scope is None and _configured(config):
             return {}  # a chain inside a scoped chain stays in its scope
         return {"configurable": {SCOPE_KEY: scope or new_scope()}}
 
+    if isinstance(runnable, BaseRetriever):  # which shows its configuration to no retriever inside it; a step does
+        runnable = RunnableLambda(runnable.invoke, afunc=runnable.ainvoke)
     # the factory runs once for every call, and once for every item of a batch
     return RunnableBinding(bound=runnable, kwargs={}, config_factories=[choose])
 

@@ -69,7 +69,7 @@ def test_documents_of_any_retriever_get_the_span_of_their_text(setup: Setup) -> 
     made = SpanDocumentCompressor(setup.chat).compress_documents(found, "")
     assert [d.page_content for d in made] == [d.page_content for d in found]
     assert [d.metadata["n"] for d in made] == [d.metadata["n"] for d in found]
-    assert [("ctxcomp_ref" in d.metadata) for d in made] == [d.page_content in texts for d in found]
+    assert [d.metadata["ctxcomp_ref"] != d.page_content for d in made] == [d.page_content in texts for d in found]
 
 
 async def test_a_missing_span_is_made_now_where_that_is_asked_for(store: SpanVectorStore) -> None:
@@ -117,6 +117,14 @@ def test_a_model_needs_either_a_chat_or_an_index(setup: Setup) -> None:
         ChatCtxcomp()
     with pytest.raises(InputError, match="either a SpanChat or the folder of an index"):
         ChatCtxcomp(setup.chat, index="kb")
+
+
+def test_a_model_named_by_its_index_shares_the_decoder_and_opens_a_closed_one_again(store: SpanVectorStore) -> None:
+    path = str(store.index.path)
+    first = ChatCtxcomp(index=path, max_tokens=2)
+    assert ChatCtxcomp(index=path).span_chat is first.span_chat
+    first.span_chat.close()
+    assert ChatCtxcomp(index=path, max_tokens=2).invoke("hello").usage_metadata is not None
 
 
 def test_content_that_the_decoder_cannot_read_is_refused(setup: Setup) -> None:

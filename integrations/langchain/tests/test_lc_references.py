@@ -55,6 +55,7 @@ def test_a_block_is_not_trusted_because_it_is_a_block(setup: Setup) -> None:
     said = setup.model().invoke([message], config={"configurable": {SCOPE_KEY: scope}})
     assert about(said)["spans"] == 1
     assert about(said)["rejected"] == {"scope": 1, "unknown": 1}
+    assert about(setup.model().invoke([message]))["spans"] == 0
 
 
 def test_a_refused_reference_is_raised_where_that_is_wanted(setup: Setup) -> None:
@@ -81,20 +82,35 @@ def test_history_and_answers_never_name_a_span(setup: Setup) -> None:
     assert about(said)["spans"] == 0
 
 
-def test_a_cut_reference_is_a_sentence_and_not_an_answer(setup: Setup) -> None:
+def test_a_cut_reference_stays_text_at_every_byte_and_is_counted(setup: Setup) -> None:
     scope = new_scope()
     (mine, _) = references(setup, scope)
-    model = setup.model(allow_text_references=True)
-    for cut in range(len("[[span:"), len(mine)):
-        with pytest.raises(SpanReferenceError, match="was cut"):
-            model.invoke(mine[:cut], config={"configurable": {SCOPE_KEY: scope}})
+    before = setup.chat.references.rejected["cut"]
+    cuts = range(len("[[span:"), len(mine))
+    for cut in cuts:
+        assert setup.chat.with_references(mine[:cut]) == (mine[:cut],)
+    assert setup.chat.references.rejected["cut"] == before + len(cuts)
+    said = setup.model(allow_text_references=True).invoke(mine[:30], config={"configurable": {SCOPE_KEY: scope}})
+    assert about(said)["spans"] == 0
+
+
+def test_nobody_can_make_a_call_fail_by_typing_the_beginning_of_a_reference(setup: Setup) -> None:
+    scope = new_scope()
+    (mine, _) = references(setup, scope)
+    said = setup.model(allow_text_references=True).invoke(f"{mine}\n\nQuestion: [[span: who?",
+                                                          config={"configurable": {SCOPE_KEY: scope}})
+    assert about(said)["spans"] == 1
+    strict = SpanChat(setup.rag.backbone, setup.rag.memory, on_invalid="raise")
+    with pytest.raises(SpanReferenceError, match="was cut"):
+        ChatCtxcomp(strict, allow_text_references=True).invoke("[[span: who?")
+    strict.scheduler.close()
 
 
 def test_metadata_cannot_bring_a_reference_or_another_text_along(setup: Setup) -> None:
     (leaked, _) = references(setup, new_scope())
     poisoned = Document("No span stands for this.", metadata={"ctxcomp_ref": leaked, "page_content": "other"})
     (clean,) = SpanDocumentCompressor(setup.chat).compress_documents([poisoned], "")
-    assert "ctxcomp_ref" not in clean.metadata
+    assert clean.metadata["ctxcomp_ref"] == poisoned.page_content  # what a document without a span shows: its text
     store = setup.store
     (name,) = store.add_documents([poisoned])
     try:
@@ -148,6 +164,25 @@ def test_a_scope_ends_with_its_call(setup: Setup, stuff: Any) -> None:
     assert setup.chat.references.rejected["scope"] == before + 1
 
 
+def test_a_document_without_a_span_is_read_as_text_by_the_same_chain(setup: Setup) -> None:
+    marked = SpanDocumentCompressor(setup.chat).compress_documents(
+        [Document(next(iter(setup.rag.memory.chunks())).text), Document("Unknown [[span: text.")], "")
+    chain = create_stuff_documents_chain(setup.model(allow_text_references=True), STUFF,
+                                         document_prompt=SPAN_DOCUMENT_PROMPT)
+    before = dict(setup.chat.references.rejected)
+    assert isinstance(chain.invoke({"context": marked, "input": "who?"}), str)
+    assert dict(setup.chat.references.rejected) == before
+    assert marked[1].metadata["ctxcomp_ref"] == "Unknown [[ span: text."
+
+
+def test_a_retriever_called_directly_mints_in_its_scope(setup: Setup) -> None:
+    plain = setup.store.as_retriever(chat=None, search_kwargs={"k": 1})
+    retriever = ContextualCompressionRetriever(base_retriever=plain,
+                                               base_compressor=SpanDocumentCompressor(setup.chat))
+    (found,) = with_span_scope(retriever, scope="tenant").invoke(QUESTIONS[0])
+    assert setup.chat.references.resolve(found.metadata["ctxcomp_ref"], "tenant")
+
+
 def test_two_tenants_in_one_batch_cannot_read_each_others_spans(setup: Setup) -> None:
     first, second = new_scope(), new_scope()
     (mine, _) = references(setup, first)
@@ -198,3 +233,12 @@ def test_the_prompt_cache_never_gives_one_question_the_answer_of_another_context
             documents[0].metadata["ctxcomp_ref"], current_scope(setup.chat))])
         core = setup.rag.decoder.generate(setup.rag.prompt("What is it?", chunk), GenerationSettings(max_new_tokens=16))
         assert model.invoke(message).content == core.text.strip()
+
+
+def test_the_prompt_cache_does_not_carry_an_answer_into_another_scope(setup: Setup, cache: Any) -> None:
+    first, second = new_scope(), new_scope()
+    (mine, _) = references(setup, first)
+    message = [HumanMessage([block(mine), {"type": "text", "text": "who?"}])]
+    model = setup.model()
+    said = [model.invoke(message, config={"configurable": {SCOPE_KEY: s}}) for s in (first, second)]
+    assert [about(m)["spans"] for m in said] == [1, 0]
