@@ -208,8 +208,7 @@ class CompressedRAG:
         known = {c.id: c for c in chunks if c.id not in missing}
         stored = self.memory.get(list(known)) if known else []
         changed = {s.chunk.id for s in stored if dict(s.chunk.metadata) != dict(known[s.chunk.id].metadata)
-                   or (factor is not None
-                       and s.span.num_slots != self.compressor.num_slots(s.span.num_source_tokens, factor))}
+                   or (factor is not None and s.span.num_slots != self.compressor.chunk_slots(s.chunk, factor))}
         slots = sum(s.span.num_slots for s in stored if s.chunk.id not in changed)
         fresh = list({c.id: c for c in chunks if c.id in missing | changed}.values())
         if not fresh:

@@ -34,15 +34,22 @@ def test_import_pcc_gives_a_compressor_folder(golden: Path, tmp_path: Path) -> N
     assert (result["segment_tokens"], result["compression_factor"]) == (length, length / slots)
 
 
+def segment_tokens_of(folder: Path) -> int:
+    """The length of a segment in the fixture: v1 states it, v2 derives it."""
+    inputs = json.loads((folder / "inputs.json").read_text())
+    return int(inputs.get("model_max_length") or inputs["mem_size"] * inputs["mean_compression_rate"])
+
+
 @pytest.mark.parametrize(("fixture", "name"), [("icae_v1", "icae_v1_zeroweight.pt"),
                                                ("icae_v2", "icae_checkpoint.safetensors")])
 def test_import_icae_of_both_versions(fixture: str, name: str, golden: Path, tmp_path: Path) -> None:
     folder = golden / fixture
+    length = segment_tokens_of(folder)
     done = ctxcomp("icae", folder / name, "--out", tmp_path / "icae", "--model", folder / "base",
-                   "--segment-tokens", "48")
+                   "--segment-tokens", str(length))
     assert done.returncode == 0, done.stderr
-    assert "imported icae: segments of 48 tokens" in done.stdout
-    assert load_compressor(tmp_path / "icae", load_frozen(folder / "base", device="cpu")).max_chunk_tokens == 48
+    assert f"imported icae: segments of {length} tokens" in done.stdout
+    assert load_compressor(tmp_path / "icae", load_frozen(folder / "base", device="cpu")).max_chunk_tokens == length
 
 
 def test_wrong_input_exits_with_2_and_a_sentence(golden: Path, tmp_path: Path) -> None:

@@ -83,6 +83,10 @@ class Compressor(ABC):
         factor = self.compression_factor if compression_factor is None else checked_factor(compression_factor)
         return math.ceil(num_tokens / factor)
 
+    def chunk_slots(self, chunk: Chunk, compression_factor: float | None = None) -> int:
+        """Slots of the span that `compress` makes of a chunk; exact also where the decoder does not cut the text."""
+        return self.num_slots(len(self.backbone.tokenizer.encode(chunk.text)), compression_factor)
+
     @abstractmethod
     def save_pretrained(self, path: str | Path) -> None:
         """Write weights and settings to a folder that `from_pretrained` reads."""

@@ -205,6 +205,25 @@ class PCCCompressor(Compressor, nn.Module):
     def compression_factor(self) -> float:
         return self.config.segment_tokens / self.config.slots_per_segment
 
+    def num_slots(self, num_tokens: int, compression_factor: float | None = None) -> int:
+        """Slots of the span of a text of so many tokens: those of its segments, and the brackets between them.
+
+        Segments are cut by the encoder's tokenizer, so for a number of decoder tokens this is an estimate; see
+        `chunk_slots`. Raises InputError for any factor but the compressor's own.
+        """
+        self._check_factor(compression_factor)
+        count = len(self.config.segment_lengths(num_tokens))
+        return count * self.config.slots_per_segment + 2 * max(0, count - 1)
+
+    def chunk_slots(self, chunk: Chunk, compression_factor: float | None = None) -> int:
+        return self.num_slots(len(self.encoder.tokenizer.encode(chunk.text)), compression_factor)
+
+    def _check_factor(self, compression_factor: float | None) -> None:
+        if compression_factor not in (None, self.compression_factor):
+            raise InputError(f"this compressor makes {self.config.slots_per_segment} slots of every segment of "
+                             f"{self.config.segment_tokens} tokens ({self.compression_factor:g}x); it cannot make "
+                             f"{compression_factor:g}x")
+
     def digest(self) -> str:
         """sha256 over settings and weights."""
         settings = {k: v for k, v in asdict(self.config).items() if k != "encoder"}  # a place, not a weight
@@ -218,10 +237,7 @@ class PCCCompressor(Compressor, nn.Module):
     # -- compression -----------------------------------------------------------------------------------------------
 
     def compress(self, chunks: Sequence[Chunk], *, compression_factor: float | None = None) -> list[SoftSpan]:  # type: ignore[override]
-        if compression_factor not in (None, self.compression_factor):
-            raise InputError(f"this compressor makes {self.config.slots_per_segment} slots of every segment of "
-                             f"{self.config.segment_tokens} tokens ({self.compression_factor:g}x); it cannot make "
-                             f"{compression_factor:g}x")
+        self._check_factor(compression_factor)
         texts = [self.encoder.tokenizer.encode(chunk.text) for chunk in chunks]
         for chunk, ids in zip(chunks, texts, strict=True):
             if not ids:

@@ -96,12 +96,21 @@ def enclosed(span: MemorySpan, spec: SpanSpec) -> list[Part]:
 
 
 def reconstruction_prompt(span: MemorySpan, spec: SpanSpec) -> list[Part]:
-    """The prompt that asks the decoder to repeat the text behind a span: the slots and [AE] (ICAE v2 layout)."""
+    """The prompt that asks the decoder to repeat the text behind a span.
+
+    A specification with "before" and "after" has brackets, and they stay around the span: `<mem> slots </mem> <ae>`,
+    the AE layout of PCC. An "after" without a "before" is no bracket but the hand-over to a question ([FT] of ICAE),
+    which a reconstruction does not have: `slots [AE]`, the layout of ICAE v2.
+
+    Raises:
+        InputError: the specification has no "reconstruct" delimiter.
+    """
     rows = spec.delimiters.get("reconstruct")
     if rows is None:
         raise InputError(f"the compressor {spec.compressor} brings no 'reconstruct' delimiter, so its spans cannot be "
                          "asked for their text")
-    return [span, Delimiter(rows)]
+    bracketed = spec.delimiters.keys() >= {"before", "after"}
+    return [*(enclosed(span, spec) if bracketed else [span]), Delimiter(rows)]
 
 
 def render_chat(tokenizer: TextTokenizer, messages: Sequence[Message], *,

@@ -138,8 +138,10 @@ def _named_base(folder: Path) -> str:
     from peft import PeftConfig
 
     try:
-        named = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    except (OSError, ValueError, TypeError) as error:
+        named = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelLoadError(f"the adapter settings in {str(folder)!r} cannot be read: {error}") from error
+    if not named:
+        raise ModelLoadError(f"the adapter in {str(folder)!r} names no model that it belongs to; pass encoder_base")
     beside = folder / named  # a path in a checkpoint counts from its folder
     return str(beside.resolve()) if beside.is_dir() else named

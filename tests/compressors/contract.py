@@ -137,6 +137,13 @@ class CompressorContract:
         with pytest.raises(InputError, match=self.impossible_factor_message):
             compressor.compress(chunks, compression_factor=self.impossible_factor)
 
+    def test_slots_are_known_before_they_are_made(self, compressor: Compressor, spans: list[MemorySpan],
+                                                  chunks: list[Chunk]) -> None:
+        assert [compressor.chunk_slots(c) for c in chunks] == [s.num_slots for s in spans]
+        assert compressor.chunk_slots(chunks[0], compressor.compression_factor) == spans[0].num_slots
+        with pytest.raises(InputError, match=self.impossible_factor_message):
+            compressor.num_slots(100, self.impossible_factor)
+
     def test_its_own_factor_may_be_named(self, compressor: Compressor, spans: list[MemorySpan],
                                          chunks: list[Chunk]) -> None:
         named = compressor.compress(chunks, compression_factor=compressor.compression_factor)

@@ -65,6 +65,10 @@ class TestTrainedWhole(_Contract):
             assert span.embeds[8 * segment - 2].equal(closing)
             assert span.embeds[8 * segment - 1].equal(opening)
 
+    @pytest.mark.parametrize(("tokens", "slots"), [(1, 6), (24, 6), (25, 6 + 2 + 6), (72, 3 * 6 + 2 * 2)])
+    def test_brackets_between_segments_are_counted(self, tokens: int, slots: int, compressor: PCCCompressor) -> None:
+        assert compressor.num_slots(tokens) == compressor.num_slots(tokens, 4.0) == slots
+
     def test_padding_is_read_only_where_asked_for(self, compressor: PCCCompressor) -> None:
         short, long = [5, 6, 7], list(range(20))
         alone = compressor.memory([short])[0]

@@ -103,6 +103,15 @@ def test_delimiters_enclose_every_span_and_cost_positions() -> None:
     assert enclosed(span, spec_with()) == [span]
 
 
+def test_reconstruction_keeps_the_brackets_of_a_span_and_leaves_the_hand_over_to_questions_out() -> None:
+    span = SoftSpan("s", 8, torch.arange(2), 2, torch.zeros(2, 32))
+    mem, ae, end = (torch.full((1, 32), float(i)) for i in range(3))
+    bracketed = reconstruction_prompt(span, spec_with(before=mem, reconstruct=ae, after=end))  # PCC
+    assert [p.embeds[0, 0].item() if isinstance(p, Delimiter) else p for p in bracketed] == [0.0, span, 2.0, 1.0]
+    handed_over = reconstruction_prompt(span, spec_with(reconstruct=ae, after=end))  # ICAE: "after" is [FT]
+    assert [p.embeds[0, 0].item() if isinstance(p, Delimiter) else p for p in handed_over] == [span, 1.0]
+
+
 def test_reconstruction_asks_with_the_compressors_own_token() -> None:
     span = SoftSpan("s", 8, torch.arange(2), 2, torch.zeros(2, 32))
     rows = torch.full((1, 32), 0.5)
