@@ -9,10 +9,11 @@ STAMP := $(VENV)/.installed
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt integrations/langchain/pyproject.toml integrations/llama_index/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' \
+		-e integrations/langchain -e integrations/llama_index
 	touch $@
 
 install: $(STAMP) ## create .venv with everything (pinned by constraints.txt)
@@ -22,7 +23,7 @@ demo: $(STAMP) ## the main job: compress generated documents, answer from spans 
 
 test: $(STAMP) ## style, types and all tests
 	$(BIN)/ruff check .
-	$(BIN)/mypy ctxcomp_rag
+	$(BIN)/mypy ctxcomp_rag integrations/langchain/langchain_ctxcomp integrations/llama_index/llama_index_ctxcomp
 	$(BIN)/python -m pytest
 
 golden: $(STAMP) ## parity with the official code only
