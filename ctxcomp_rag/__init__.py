@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ctxcomp_rag.references import SpanReferences, find_references, new_scope
     from ctxcomp_rag.retrieval import RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
     from ctxcomp_rag.rope import rotate_keys
-    from ctxcomp_rag.spans import KVSpan, MemorySpan, SoftSpan, SpanSpec
+    from ctxcomp_rag.spans import KVSpan, LatentSpan, MemorySpan, SoftSpan, SpanSpec
 
 __version__ = "0.1.0"
 
@@ -59,7 +59,7 @@ _HOME = {
     "references": ("SpanReferences", "find_references", "new_scope"),
     "retrieval": ("RetrievalEncoder", "embed_texts", "encoder_name", "load_retrieval_encoder"),
     "rope": ("rotate_keys",),
-    "spans": ("KVSpan", "MemorySpan", "SoftSpan", "SpanSpec"),
+    "spans": ("KVSpan", "LatentSpan", "MemorySpan", "SoftSpan", "SpanSpec"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -79,6 +79,7 @@ __all__ = [
     "GenerationSettings",
     "InputError",
     "KVSpan",
+    "LatentSpan",
     "MemoryIndex",
     "MemorySpan",
     "Message",

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, load_frozen
 from ctxcomp_rag.chunking import Chunk, Document, split_document
-from ctxcomp_rag.compressors import COMPRESSORS, Budget, Compressor, compressor_class, load_compressor
+from ctxcomp_rag.compressors import COMPRESSORS, Budget, Compressor, compressor_class, decoder_of, load_compressor
 from ctxcomp_rag.decoding import (
     Blended,
     FrozenDecoder,
@@ -28,7 +28,7 @@ from ctxcomp_rag.decoding import (
 from ctxcomp_rag.errors import CtxcompError, InputError
 from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
 from ctxcomp_rag.retrieval import DEFAULT_ENCODER, RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
-from ctxcomp_rag.spans import KVSpan
+from ctxcomp_rag.spans import KVSpan, MemorySpan
 
 Mode = Literal["spans", "text", "truncated", "none"]
 MODES: tuple[Mode, ...] = ("spans", "text", "truncated", "none")
@@ -68,33 +68,35 @@ class CompressedRAG:
 
     Args:
         backbone: the frozen decoder.
-        index: an open index whose spans were made for this decoder.
+        index: an open index whose spans were made for this decoder, or latent spans that `compressor` reads.
         encoder: anything with `.encode(list[str])`, the same one that made the index's vectors.
-        compressor: needed to index; reading does without.
+        compressor: needed to index, and to read latent spans; reading others does without.
         prerolled_bytes: main memory for the most used spans as keys and values that skip the decoder's layers at query
             time (see `ctxcomp_rag.decoding.preroll`); 0 splices every span as it is stored.
         cache_budget: bound on the decoder's cache entries, see `FrozenDecoder`.
 
     Raises:
-        IncompatibleSpanError: the index holds spans for another decoder.
+        IncompatibleSpanError: the index holds spans for another decoder, or latent spans that cannot be converted.
     """
 
     def __init__(self, backbone: Backbone, index: MemoryIndex, encoder: RetrievalEncoder,
                  compressor: Compressor | None = None, *, prerolled_bytes: int = 0,
                  cache_budget: int | None = None) -> None:
-        index.spec.require_decoder(backbone.fingerprint)
+        self.spec = compressor.reading(index.spec) if compressor else index.spec
+        self.spec.require_decoder(backbone.fingerprint)
         name = encoder_name(encoder)
         if index.retrieval_encoder != name:
             raise InputError(f"the index in {str(index.path)!r} was made with the retrieval encoder "
                              f"{index.retrieval_encoder!r}, got {name!r}; pass the one the index was made with")
-        self.backbone, self.memory, self.encoder, self.compressor = backbone, index, encoder, compressor
+        self.backbone, self.memory, self.encoder = backbone, index, encoder
+        self.compressor = compressor.writer(index.spec) if compressor else None
         self.decoder = FrozenDecoder(backbone, cache_budget=cache_budget)
-        self.prerolled = PrerolledSpans(backbone, index.spec, prerolled_bytes) if prerolled_bytes else None
+        self.prerolled = PrerolledSpans(backbone, self.spec, prerolled_bytes) if prerolled_bytes else None
 
     @classmethod
     def create(cls, path: str | Path, *, model: str | Path = EMBEDDED_MODEL, compressor: str | Path = "icae",
                budget: str | None = None, encoder: RetrievalEncoder | str | None = None,
-               codec: str | None = None) -> Self:
+               codec: str | None = None, latent: bool = False) -> Self:
         """Start a new index, or go on with one that the same decoder and compressor made.
 
         Args:
@@ -102,14 +104,18 @@ class CompressedRAG:
             compressor: name of a method ("icae": the trained compressor of the embedded model; "infinipot": needs no
                 training, any full-attention RoPE decoder), or the folder of a saved compressor.
             budget: size of a chunk's span, for methods that need no training: "256slots", "64KiB" or "4x".
+            latent: a new index holds the memory of the compressor's encoder, which every decoder with a converter for
+                it reads; an index that exists says itself what it holds.
             codec: how a new index stores spans ("exact" by default; see `ctxcomp_rag.index.codecs`).
         """
         index = MemoryIndex.open(path) if Path(path).is_dir() and any(Path(path).iterdir()) else None
         # an index fixes the dtype: spans of float32 and of bfloat16 weights are not the same
-        backbone = load_frozen(model, dtype=index.spec.decoder.dtype if index else None)
+        reader = index.spec.reader if index is not None else None
+        backbone = load_frozen(model, dtype=reader.dtype if reader else None)
         maker = load_trained_compressor(compressor, backbone, budget)
+        maker = maker.latent if latent else maker.writer(index.spec) if index is not None else maker
         retriever = load_retrieval_encoder(encoder or DEFAULT_ENCODER)
-        if index:
+        if index is not None:  # an empty one is false
             index.spec.require_compressor(maker.spec)
             if codec not in (None, index.codec):
                 raise InputError(f"the index in {str(path)!r} stores spans with codec {index.codec!r}, got {codec!r}; "
@@ -122,13 +128,20 @@ class CompressedRAG:
 
     @classmethod
     def open(cls, path: str | Path, *, model: str | Path | None = None,
-             encoder: RetrievalEncoder | str | None = None, prerolled_bytes: int = 0,
-             cache_budget: int | None = None) -> Self:
-        """Open an index for reading; the decoder is the one the index names unless `model` says where it is."""
+             encoder: RetrievalEncoder | str | None = None, compressor: str | Path | None = None,
+             prerolled_bytes: int = 0, cache_budget: int | None = None) -> Self:
+        """Open an index for reading.
+
+        Args:
+            model: where the decoder is [default: the one that the index names, or for latent spans the compressor].
+            compressor: folder of the saved compressor that converts latent spans; others are read without.
+        """
         index = MemoryIndex.open(path, read_only=True)
-        backbone = load_frozen(model if model is not None else index.spec.decoder.model_id,
-                               revision=index.spec.decoder.revision or None, dtype=index.spec.decoder.dtype)
+        decoder = index.spec.require_reader() if compressor is None else index.spec.reader or decoder_of(compressor)
+        backbone = load_frozen(model if model is not None else decoder.model_id, revision=decoder.revision or None,
+                               dtype=decoder.dtype)
         return cls(backbone, index, load_retrieval_encoder(encoder or index.retrieval_encoder),
+                   load_trained_compressor(compressor, backbone) if compressor is not None else None,
                    prerolled_bytes=prerolled_bytes, cache_budget=cache_budget)
 
     # -- offline -----------------------------------------------------------------------------------------------------
@@ -145,7 +158,7 @@ class CompressedRAG:
             on_error: "skip" reports a document that cannot be used in `failures` and goes on.
             progress: called with (documents, source tokens) as they are committed.
         """
-        if self.compressor is None:
+        if self.compressor is None or self.memory.read_only:
             raise InputError("this index was opened for reading; use CompressedRAG.create(path) to add documents")
         limit = chunk_limit(self.compressor, max_chunk_tokens)
         self.compressor.num_slots(limit, factor)  # refuses a factor that cannot be made before anything is written
@@ -242,15 +255,18 @@ class CompressedRAG:
             elif mode == "text":
                 contents.append([source.chunk.text])
             elif mode == "truncated":
-                contents.append([truncated_part(self.backbone, source.chunk, source.span.num_slots)])
+                contents.append([truncated_part(self.backbone, source.chunk, self.read(source).num_slots)])
         return prompt_parts(self.backbone, question, contents if mode != "none" else [])
+
+    def read(self, source: RetrievedSpan) -> MemorySpan:
+        """The span of a retrieved chunk as the decoder takes it: converted where the index holds latent spans."""
+        return self.compressor.read(source.span, source.chunk) if self.compressor else source.span
 
     def _content(self, source: RetrievedSpan, blend: float) -> list[Part]:
         if blend:
             return blended(source, blend)
-        if self.prerolled:
-            return [self.prerolled.get(source.span)]
-        return enclosed(source.span, self.memory.spec)
+        span = self.read(source)
+        return [self.prerolled.get(span)] if self.prerolled else enclosed(span, self.spec)
 
     def answer(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
                where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None,
@@ -277,8 +293,9 @@ class CompressedRAG:
 
     def reconstruct(self, span: RetrievedSpan, *, max_new_tokens: int | None = None) -> str:
         """The text that the decoder reads out of a span, for a look at what compression kept."""
-        limit = max_new_tokens or span.span.num_source_tokens + 16
-        parts = reconstruction_prompt(span.span, self.memory.spec)
+        read = self.read(span)
+        limit = max_new_tokens or read.num_source_tokens + 16
+        parts = reconstruction_prompt(read, self.spec)
         return self.decoder.generate(parts, GenerationSettings(max_new_tokens=limit)).text
 
     def _sources(self, question: str, mode: Mode, top_k: int, where: Mapping[str, Any] | None) -> list[RetrievedSpan]:

@@ -2,7 +2,8 @@
 
     MemorySpan            chunk_id, num_source_tokens, positions, num_positions
     ├── SoftSpan          embeds (num_slots, hidden_size)                      enters through inputs_embeds
-    └── KVSpan            keys, values (num_layers, num_kv_heads, num_slots, head_dim)   enters through the cache
+    ├── KVSpan            keys, values (num_layers, num_kv_heads, num_slots, head_dim)   enters through the cache
+    └── LatentSpan        memory (num_slots, encoder_size)                   enters no decoder; a compressor reads it
 
 `positions` count from the span's start: consecutive (official ICAE and PCC), or spread over the places
 of the text that the slots stand for (EPL, arXiv 2409.14364). `num_positions` is how far the text that
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ctxcomp_rag.errors import IncompatibleSpanError, SpanShapeError
 
-SpanKind = Literal["soft", "kv"]
+SpanKind = Literal["soft", "kv", "latent"]
 SlotPositions = Literal["consecutive", "spread"]
 
 
@@ -33,7 +34,7 @@ class MemorySpan:
 
     Attributes:
         chunk_id: id of the chunk the span stands for.
-        num_source_tokens: decoder tokens of that chunk's text.
+        num_source_tokens: decoder tokens of that chunk's text; encoder tokens in a latent span.
         positions: (num_slots,) int64, strictly increasing, from the span's start.
         num_positions: positions the whole span occupies, at least `positions[-1] + 1`.
     """
@@ -158,6 +159,30 @@ class KVSpan(MemorySpan):
         return self.keys.nbytes + self.values.nbytes
 
 
+@dataclass(frozen=True, eq=False)
+class LatentSpan(MemorySpan):
+    """What an encoder outside the decoders remembers of a chunk, before a converter makes it a span of one of them.
+
+    Attributes:
+        memory: (num_slots, encoder_size), floating point: the encoder's last hidden states at its memory tokens.
+    """
+
+    memory: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "memory", self.memory.detach())
+        _check_shape("memory", self.memory, (self.num_slots, None))
+
+    @property
+    def kind(self) -> SpanKind:
+        return "latent"
+
+    @property
+    def nbytes(self) -> int:
+        return self.memory.nbytes
+
+
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
     fits = tensor.ndim == len(expected) and all(e in (None, s) for e, s in zip(expected, tensor.shape, strict=True))
     if not fits:
@@ -203,8 +228,9 @@ class SpanSpec:
     """What a decoder must be to read the spans, and how they are laid out in its prompt.
 
     Attributes:
-        kind: "soft" or "kv".
-        decoder: the decoder the spans were made for.
+        kind: "soft", "kv" or "latent".
+        decoder: the decoder the spans were made for; for latent spans the encoder that made them, described by its
+            weights, tokenizer, hidden size and dtype (the other fields are 0 or "").
         compressor: method and digest of the compressor's weights and settings, e.g. "icae-1f0c...".
         slot_positions: "consecutive" or "spread".
         delimiters: name -> (n, hidden_size) embeddings that the compressor brings along. "before" and "after"
@@ -254,9 +280,24 @@ class SpanSpec:
         return cls(data["kind"], DecoderFingerprint(**data["decoder"]), data["compressor"], data["slot_positions"],
                    delimiters)
 
+    @property
+    def reader(self) -> DecoderFingerprint | None:
+        """The decoder that reads the spans as they are; None for latent spans, which none does."""
+        return None if self.kind == "latent" else self.decoder
+
+    def require_reader(self) -> DecoderFingerprint:
+        """The decoder that reads the spans as they are; raises IncompatibleSpanError for latent spans."""
+        if self.reader is None:
+            raise IncompatibleSpanError(
+                f"these spans are the memory of the encoder {self.decoder} (compressor {self.compressor}), which no "
+                f"decoder reads as it is; pass the compressor that converts it for your decoder, as in "
+                f"CompressedRAG.open(path, compressor=FOLDER)"
+            )
+        return self.reader
+
     def require_decoder(self, decoder: DecoderFingerprint) -> None:
         """Raises IncompatibleSpanError unless spans of this specification can be read by `decoder`."""
-        different = self.decoder.differences(decoder)
+        different = self.require_reader().differences(decoder)
         if different:
             raise IncompatibleSpanError(
                 f"these spans were made for the decoder {self.decoder}, but this decoder is {decoder}; "
@@ -266,7 +307,8 @@ class SpanSpec:
 
     def require_compressor(self, other: SpanSpec) -> None:
         """Raises IncompatibleSpanError unless spans of `other` may stand beside spans of this specification."""
-        self.require_decoder(other.decoder)
+        if self.reader and other.reader:
+            self.require_decoder(other.reader)
         if self.fingerprint != other.fingerprint:
             raise IncompatibleSpanError(
                 f"these spans were made by the compressor {self.compressor} ({self.kind}, {self.slot_positions}), "
@@ -285,3 +327,5 @@ class SpanSpec:
             shape = (d.num_layers, d.num_kv_heads, span.num_slots, d.head_dim)
             _check_shape(f"keys of {span.chunk_id!r}", span.keys, shape)
             _check_shape(f"values of {span.chunk_id!r}", span.values, shape)
+        if isinstance(span, LatentSpan):
+            _check_shape(f"memory of {span.chunk_id!r}", span.memory, (span.num_slots, d.hidden_size))

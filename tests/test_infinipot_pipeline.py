@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from ctxcomp_rag import CompressedRAG, Document, GenerationSettings
 from ctxcomp_rag.backbone import load_frozen
@@ -18,7 +16,7 @@ from ctxcomp_rag.index import RetrievedSpan
 from ctxcomp_rag.kv.scores import SnapKV
 from ctxcomp_rag.pipeline import blended, load_trained_compressor
 from ctxcomp_rag.spans import KVSpan, SoftSpan
-from tests.tiny_models import save_tiny
+from tests.tiny_models import LetterCounts, save_tiny
 
 DOCUMENTS = [
     Document("varn", "The lighthouse of Varn was built in 1871. It is 31 metres high and its stairs are red."),
@@ -26,15 +24,6 @@ DOCUMENTS = [
     Document("osk", "The river Osk freezes in January, so the ferry to Osk rests until the first of March."),
 ]
 SHORT = GenerationSettings(max_new_tokens=8)
-
-
-class LetterCounts:
-    """Texts as counts of letters: enough to find a text by itself, and no model to load."""
-
-    name = "letters"
-
-    def encode(self, sentences: list[str], /) -> NDArray[np.float32]:
-        return np.array([[s.lower().count(chr(97 + i)) for i in range(26)] for s in sentences], dtype=np.float32)
 
 
 @pytest.fixture(scope="module")

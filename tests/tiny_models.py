@@ -6,7 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -40,11 +42,20 @@ _MERGES = ["t h", "th e", "i n", "e r", "a n", "an d", "Ġ t", "Ġ a", "Ġ the",
 MAX_POSITIONS = 512
 
 
+class LetterCounts:
+    """A retrieval encoder without a model: texts as counts of letters, enough to find a text by itself."""
+
+    name = "letters"
+
+    def encode(self, sentences: list[str], /) -> NDArray[np.float32]:
+        return np.array([[s.lower().count(chr(97 + i)) for i in range(26)] for s in sentences], dtype=np.float32)
+
+
 @cache
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(num_merges: int = len(_MERGES)) -> PreTrainedTokenizerFast:
     """Byte-level BPE over all 256 bytes, a few merges and five control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [(a, b) for a, b in (m.split(" ") for m in _MERGES)]
+    merges = [(a, b) for a, b in (m.split(" ") for m in _MERGES[:num_merges])]
     words = {w: i for i, w in enumerate(dict.fromkeys([*alphabet, *(a + b for a, b in merges)]))}
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

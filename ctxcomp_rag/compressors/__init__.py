@@ -9,6 +9,7 @@ from typing import cast
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.compressors.base import Budget, Compressor, read_config
 from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.spans import DecoderFingerprint
 
 COMPRESSORS = {
     "icae": "ctxcomp_rag.compressors.icae:ICAECompressor",
@@ -30,4 +31,9 @@ def load_compressor(path: str | Path, backbone: Backbone) -> Compressor:
     return compressor_class(read_config(Path(path))["method"]).from_pretrained(path, backbone)
 
 
-__all__ = ["COMPRESSORS", "Budget", "Compressor", "compressor_class", "load_compressor"]
+def decoder_of(path: str | Path) -> DecoderFingerprint:
+    """The decoder that a saved compressor was trained for."""
+    return DecoderFingerprint(**read_config(Path(path))["decoder"])
+
+
+__all__ = ["COMPRESSORS", "Budget", "Compressor", "compressor_class", "decoder_of", "load_compressor"]

@@ -87,6 +87,34 @@ class Compressor(ABC):
         """Slots of the span that `compress` makes of a chunk; exact also where the decoder does not cut the text."""
         return self.num_slots(len(self.backbone.tokenizer.encode(chunk.text)), compression_factor)
 
+    # -- one encoder, many decoders: only a method whose encoder stands outside the decoder overrides these ----------
+
+    @property
+    def latent(self) -> Compressor:
+        """This compressor stopped before anything that belongs to a decoder; raises InputError where that is nothing.
+
+        Its spans are latent: one index of them serves every decoder that has a converter for the encoder.
+        """
+        raise InputError(f"the method {self.name!r} makes spans for one decoder only: it has no encoder of its own "
+                         "whose memory could be kept; use a pcc compressor")
+
+    def writer(self, stored: SpanSpec) -> Compressor:
+        """The view of this compressor that makes spans of the kind in `stored`."""
+        return self if stored.reader else self.latent
+
+    def reading(self, stored: SpanSpec) -> SpanSpec:
+        """The specification of what `read` makes of stored spans.
+
+        Raises:
+            IncompatibleSpanError: they were made for another decoder, or by another encoder.
+        """
+        stored.require_decoder(self.backbone.fingerprint)
+        return stored
+
+    def read(self, span: MemorySpan, chunk: Chunk) -> MemorySpan:
+        """A stored span of a chunk as this decoder takes it: unchanged, unless it is latent."""
+        return span
+
     @abstractmethod
     def save_pretrained(self, path: str | Path) -> None:
         """Write weights and settings to a folder that `from_pretrained` reads."""

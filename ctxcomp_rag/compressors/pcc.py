@@ -13,6 +13,9 @@ the span itself:
 
 Rows and positions of the decoder are then counted truthfully by `num_slots`, and index and decoder need to know
 nothing of brackets.
+
+`PCCCompressor.latent` stops before the converter: latent spans (segments * slots per segment, encoder size) without
+brackets, the same for every decoder. `PCCCompressor.read` makes of one exactly the span that `compress` would.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -36,7 +39,7 @@ from ctxcomp_rag.backbone import Backbone, weights_digest
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, decoder_differences, read_config
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError, ModelLoadError
-from ctxcomp_rag.spans import DecoderFingerprint, SoftSpan, SpanSpec
+from ctxcomp_rag.spans import DecoderFingerprint, LatentSpan, MemorySpan, SoftSpan, SpanSpec
 from ctxcomp_rag.tokenization import TextTokenizer
 
 BRACKETS = ("before", "reconstruct", "after")
@@ -102,6 +105,7 @@ class Encoder:
     tokenizer: TextTokenizer
     memory_ids: tuple[int, ...]
     padding_id: int
+    _digests: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def body(self) -> Any:
@@ -112,6 +116,15 @@ class Encoder:
     @property
     def hidden_size(self) -> int:
         return int(self.body.config.hidden_size)
+
+    @property
+    def weights_digest(self) -> str:
+        """sha256 over the weights; hashed once for each state of training, which takes seconds for a large encoder."""
+        state = tuple(p._version for p in self.model.parameters())
+        if self._digests.get("state") != state:
+            model: Any = self.model
+            self._digests.update(state=state, digest=weights_digest(model))
+        return str(self._digests["digest"])
 
 
 def load_encoder(path: str | Path, *, adapter: str | Path | None = None, tokenizer: str | Path | None = None,
@@ -211,14 +224,15 @@ class PCCCompressor(Compressor, nn.Module):
         Segments are cut by the encoder's tokenizer, so for a number of decoder tokens this is an estimate; see
         `chunk_slots`. Raises InputError for any factor but the compressor's own.
         """
-        self._check_factor(compression_factor)
+        self.check_factor(compression_factor)
         count = len(self.config.segment_lengths(num_tokens))
         return count * self.config.slots_per_segment + 2 * max(0, count - 1)
 
     def chunk_slots(self, chunk: Chunk, compression_factor: float | None = None) -> int:
         return self.num_slots(len(self.encoder.tokenizer.encode(chunk.text)), compression_factor)
 
-    def _check_factor(self, compression_factor: float | None) -> None:
+    def check_factor(self, compression_factor: float | None) -> None:
+        """Raises InputError for any factor but the compressor's own."""
         if compression_factor not in (None, self.compression_factor):
             raise InputError(f"this compressor makes {self.config.slots_per_segment} slots of every segment of "
                              f"{self.config.segment_tokens} tokens ({self.compression_factor:g}x); it cannot make "
@@ -227,8 +241,7 @@ class PCCCompressor(Compressor, nn.Module):
     def digest(self) -> str:
         """sha256 over settings and weights."""
         settings = {k: v for k, v in asdict(self.config).items() if k != "encoder"}  # a place, not a weight
-        encoder: Any = self.encoder.model
-        digest = hashlib.sha256(json.dumps([settings, weights_digest(encoder), self.encoder.tokenizer.digest],
+        digest = hashlib.sha256(json.dumps([settings, self.encoder.weights_digest, self.encoder.tokenizer.digest],
                                            sort_keys=True).encode())
         for name, tensor in sorted([*self.converter.state_dict().items(), ("special_rows", self.special_rows)]):
             digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
@@ -237,21 +250,37 @@ class PCCCompressor(Compressor, nn.Module):
     # -- compression -----------------------------------------------------------------------------------------------
 
     def compress(self, chunks: Sequence[Chunk], *, compression_factor: float | None = None) -> list[SoftSpan]:  # type: ignore[override]
-        self._check_factor(compression_factor)
+        self.check_factor(compression_factor)
+        return [self._read(span, chunk) for span, chunk in zip(self.remember(chunks), chunks, strict=True)]
+
+    def remember(self, chunks: Sequence[Chunk]) -> list[LatentSpan]:
+        """The encoder's memory of each chunk: what `read` converts, for this decoder or another."""
         texts = [self.encoder.tokenizer.encode(chunk.text) for chunk in chunks]
         for chunk, ids in zip(chunks, texts, strict=True):
             if not ids:
                 raise InputError(f"chunk {chunk.id} of document {chunk.document_id!r} has no text to compress")
         with torch.inference_mode():
             # without padding to read, whatever the setting: a span must not depend on its neighbours
-            rows = [self.bracketed(self.convert(hidden)) for hidden in self._hidden(texts)]
-        spans = []
-        for chunk, embeds in zip(chunks, rows, strict=True):
-            length = len(self.backbone.tokenizer.encode(chunk.text))
-            count = embeds.shape[0]
-            spans.append(SoftSpan(chunk.id, length, torch.arange(count), count,
-                                  embeds.to(self.backbone.dtype, copy=True)))
-        return spans
+            memory = self._hidden(texts)
+        return [LatentSpan(chunk.id, len(ids), torch.arange(len(rows)), len(rows), rows.clone())
+                for chunk, ids, rows in zip(chunks, texts, memory, strict=True)]
+
+    def _read(self, span: LatentSpan, chunk: Chunk) -> SoftSpan:
+        with torch.inference_mode():
+            embeds = self.bracketed(self.convert(span.memory))
+        length, count = len(self.backbone.tokenizer.encode(chunk.text)), embeds.shape[0]
+        return SoftSpan(chunk.id, length, torch.arange(count), count, embeds.to(self.backbone.dtype, copy=True))
+
+    def read(self, span: MemorySpan, chunk: Chunk) -> MemorySpan:
+        """The span that `compress` would make of the chunk, from the encoder's memory of it."""
+        return self._read(span, chunk) if isinstance(span, LatentSpan) else span
+
+    def reading(self, stored: SpanSpec) -> SpanSpec:
+        return super().reading(stored) if stored.reader else self.latent.reading(stored)
+
+    @property
+    def latent(self) -> PCCLatent:
+        return PCCLatent(self)
 
     def bracketed(self, slots: Tensor) -> Tensor:
         """Rows of a span: slots (segments * slots per segment, hidden_size) with the inner brackets between them."""
@@ -348,3 +377,76 @@ class PCCCompressor(Compressor, nn.Module):
         except (OSError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelLoadError(f"the compressor in {str(folder)!r} cannot be loaded: {error}") from error
         return cls(backbone, encoder, config, converter=converter, special_rows=special_rows)
+
+
+class PCCLatent(Compressor):
+    """A PCC compressor stopped before its converter. Its spans are the encoder's memory, the same for every decoder.
+
+    Decoder and converter of `pcc` take no part in what it makes or in its specification; they only read.
+    """
+
+    name: ClassVar[str] = PCCCompressor.name
+
+    def __init__(self, pcc: PCCCompressor) -> None:
+        self.pcc, self.backbone = pcc, pcc.backbone
+
+    @property
+    def spec(self) -> SpanSpec:
+        encoder, config = self.pcc.encoder, self.pcc.config
+        made_by = DecoderFingerprint(
+            model_id=config.encoder, revision="", weights_digest=encoder.weights_digest,
+            tokenizer_digest=encoder.tokenizer.digest, hidden_size=encoder.hidden_size, num_layers=0, num_kv_heads=0,
+            head_dim=0, rope="", dtype=str(encoder.body.dtype).removeprefix("torch."),
+        )
+        # padding is no part: `compress` gives the encoder none to read
+        deciding = [config.segment_tokens, config.slots_per_segment, made_by.weights_digest, made_by.tokenizer_digest]
+        digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
+        return SpanSpec("latent", made_by, f"{self.name}-encoder-{digest[:16]}")
+
+    @property
+    def max_chunk_tokens(self) -> int:
+        return self.pcc.max_chunk_tokens
+
+    @property
+    def compression_factor(self) -> float:
+        return self.pcc.compression_factor
+
+    def compress(self, chunks: Sequence[Chunk], *, compression_factor: float | None = None) -> list[LatentSpan]:  # type: ignore[override]
+        self.pcc.check_factor(compression_factor)
+        return self.pcc.remember(chunks)
+
+    def num_slots(self, num_tokens: int, compression_factor: float | None = None) -> int:
+        """Slots of the segments of a text of so many tokens, without brackets; see `PCCCompressor.num_slots`."""
+        self.pcc.check_factor(compression_factor)
+        return len(self.pcc.config.segment_lengths(num_tokens)) * self.pcc.config.slots_per_segment
+
+    def chunk_slots(self, chunk: Chunk, compression_factor: float | None = None) -> int:
+        return self.num_slots(len(self.pcc.encoder.tokenizer.encode(chunk.text)), compression_factor)
+
+    @property
+    def latent(self) -> PCCLatent:
+        return self
+
+    def reading(self, stored: SpanSpec) -> SpanSpec:
+        if stored.reader:
+            return self.pcc.reading(stored)
+        mine = self.spec
+        if stored.fingerprint != mine.fingerprint:
+            different = ", ".join(stored.decoder.differences(mine.decoder)) or "segment_tokens or slots_per_segment"
+            raise IncompatibleSpanError(
+                f"these spans are the memory of the encoder {stored.decoder} ({stored.compressor}), but this "
+                f"compressor converts that of {mine.decoder} ({mine.compressor}); they differ in {different}. Use a "
+                f"compressor with the encoder that made the spans, or precompress the documents again"
+            )
+        return self.pcc.spec
+
+    def read(self, span: MemorySpan, chunk: Chunk) -> MemorySpan:
+        return self.pcc.read(span, chunk)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """The whole compressor: without its converter nothing would read what the encoder remembers."""
+        self.pcc.save_pretrained(path)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, backbone: Backbone) -> Self:
+        return cls(PCCCompressor.from_pretrained(path, backbone))

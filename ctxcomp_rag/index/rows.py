@@ -19,12 +19,17 @@ from torch import Tensor
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError, InputError
 from ctxcomp_rag.index.codecs import CODECS, Role, codec_named
-from ctxcomp_rag.spans import KVSpan, MemorySpan, SoftSpan
+from ctxcomp_rag.spans import KVSpan, LatentSpan, MemorySpan, SoftSpan, SpanKind
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 CHUNK_COLUMNS = ["chunk_id", "document_id", "start", "end", "num_tokens", "text", "metadata"]
+
+_STORED: dict[SpanKind, tuple[type[SoftSpan | KVSpan | LatentSpan], tuple[Role, ...]]] = {
+    "soft": (SoftSpan, ("embeds",)), "kv": (KVSpan, ("keys", "values")), "latent": (LatentSpan, ("memory",)),
+}
+"""How a kind of span is stored: its class, and its tensors in the order of the class's fields."""
 
 
 # ---- a span as bytes -------------------------------------------------------------------------------------------
@@ -35,13 +40,9 @@ def span_to_bytes(span: MemorySpan, codec: str = "exact") -> bytes:
 
     Inverse: `span_from_bytes`; bit for bit with the codec "exact".
     """
-    latent: dict[Role, Tensor]
-    if isinstance(span, SoftSpan):
-        latent = {"embeds": span.embeds}
-    elif isinstance(span, KVSpan):
-        latent = {"keys": span.keys, "values": span.values}
-    else:
-        raise InputError(f"expected a SoftSpan or a KVSpan, got {type(span).__name__}")
+    if not isinstance(span, SoftSpan | KVSpan | LatentSpan):
+        raise InputError(f"expected a SoftSpan, a KVSpan or a LatentSpan, got {type(span).__name__}")
+    latent: dict[Role, Tensor] = {role: getattr(span, role) for role in _STORED[span.kind][1]}
     chosen = codec_named(codec)
     tensors = {"positions": span.positions.cpu().clone()}
     if isinstance(span, KVSpan) and span.kept is not None:
@@ -69,9 +70,9 @@ def span_from_bytes(data: bytes) -> MemorySpan:
         about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["span"])
         latent = {role: _decoded(tensors, about, role) for role in about.get("latent", {})} or tensors
         common = (about["chunk_id"], about["num_source_tokens"], tensors["positions"], about["num_positions"])
-        if about["kind"] == "kv":
-            return KVSpan(*common, latent["keys"], latent["values"], tensors.get("kept"))
-        return SoftSpan(*common, latent["embeds"])
+        cls, roles = _STORED[about["kind"]]
+        extra: dict[str, Any] = {"kept": tensors["kept"]} if "kept" in tensors else {}
+        return cls(*common, *(latent[role] for role in roles), **extra)
     except (safetensors.SafetensorError, struct.error, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"not a memory span: {error}") from error
 

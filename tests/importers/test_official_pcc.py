@@ -139,7 +139,7 @@ def test_patch_that_does_not_fit_is_named(changes: dict[str, Tensor], match: str
 
 def test_decoder_of_another_size_is_not_patched(patch: Path, tmp_path: Path) -> None:
     rewrite(patch, embedding=torch.zeros(3, 48))
-    with pytest.raises(ModelLoadError, match="has rows of 48, but the decoder .* has the hidden size 32"):
+    with pytest.raises(ModelLoadError, match=r"has rows of 48, but the decoder .* has the hidden size 32"):
         load_patched_decoder(save_tiny("llama", tmp_path / "decoder"), patch)
 
 

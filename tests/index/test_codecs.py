@@ -14,7 +14,7 @@ from ctxcomp_rag.errors import IndexDamagedError, InputError
 from ctxcomp_rag.index import MemoryIndex
 from ctxcomp_rag.index.codecs import CODECS, Role
 from ctxcomp_rag.index.rows import span_from_bytes, span_to_bytes
-from ctxcomp_rag.spans import KVSpan, SoftSpan
+from ctxcomp_rag.spans import KVSpan, LatentSpan, SoftSpan
 from tests.index.conftest import SOFT, VECTOR_SIZE, make_corpus
 
 ERROR = {"exact": 0.0, "int8": 1e-4, "fp8": 1e-3, "int4": 1e-2}  # largest relative squared error on normal values
@@ -51,6 +51,16 @@ def test_a_soft_span_comes_back_within_the_stated_error_and_size(codec: str, nor
     assert read.embeds.dtype == normal.dtype
     assert len(data) <= BYTES[codec] * normal.numel() + 1000
     assert (read.chunk_id, read.num_source_tokens, read.num_positions) == (span.chunk_id, 144, 36)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_latent_span_is_stored_like_a_soft_one(codec: str, normal: Tensor) -> None:
+    span = LatentSpan("c" * 32, 144, torch.arange(36), 36, normal)
+    read = span_from_bytes(span_to_bytes(span, codec))
+    soft = span_from_bytes(span_to_bytes(soft_span(normal), codec))
+    assert isinstance(read, LatentSpan)
+    assert isinstance(soft, SoftSpan)
+    assert read.memory.equal(soft.embeds)
 
 
 @pytest.mark.parametrize("codec", CODECS)

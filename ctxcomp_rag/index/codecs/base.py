@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-Role = Literal["embeds", "keys", "values"]
+Role = Literal["embeds", "keys", "values", "memory"]
 """What the tensor is: a codec may treat keys, whose channels differ in size, unlike values (KIVI, arXiv 2402.02750)."""
 
 
@@ -33,9 +33,9 @@ class Codec(ABC):
 
 
 def reduced_axis(role: Role) -> int:
-    """The axis that shares one scale: slots for embeddings and keys (a scale a channel), channels for values.
+    """The axis that shares one scale: channels for values, slots for all else (a scale a channel).
 
-    A few channels of embeddings and keys are many times larger than the rest; a scale of their own keeps them from
+    A few channels of hidden states and keys are many times larger than the rest; a scale of their own keeps them from
     costing the others their precision.
     """
     return -1 if role == "values" else -2
