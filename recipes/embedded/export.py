@@ -40,14 +40,15 @@ def build_decoder(model: Model, shape: Shape, ids: dict[str, int]) -> LlamaForCa
         state[prefix + "input_layernorm.weight"] = block.input_norm
         state[prefix + "post_attention_layernorm.weight"] = block.post_norm
         for name in PROJECTIONS:
-            state[f"{prefix}{_owner(name)}.{name}.weight"] = block.weight[name]
+            state[f"{prefix}{owner(name)}.{name}.weight"] = block.weight[name]
     decoder.load_state_dict({k: v.detach() for k, v in state.items()})
     decoder.generation_config = GenerationConfig(bos_token_id=ids["bos"], eos_token_id=ids["eos"],
                                                  pad_token_id=ids["pad"])
     return decoder
 
 
-def _owner(projection: str) -> str:
+def owner(projection: str) -> str:
+    """The module of a Llama layer that a projection belongs to."""
     return "self_attn" if projection in PROJECTIONS[:4] else "mlp"
 
 
@@ -83,7 +84,7 @@ def main() -> None:
     adapter = compressor.encoder.state_dict()
     for i, block in enumerate(model.blocks):
         for name in PROJECTIONS:
-            prefix = f"base_model.model.model.layers.{i}.{_owner(name)}.{name}."
+            prefix = f"base_model.model.model.layers.{i}.{owner(name)}.{name}."
             adapter[prefix + "lora_A.default.weight"].copy_(block.lora_a[name].detach())
             adapter[prefix + "lora_B.default.weight"].copy_(block.lora_b[name].detach())
     compressor.save_pretrained(args.out / "icae")

@@ -102,3 +102,29 @@ def test_a_step_is_the_same_in_one_process_and_in_two() -> None:
     alone, together = said
     assert (alone[0], together[0]) == ("1", "2")
     assert [float(x) for x in together[1:]] == pytest.approx([float(x) for x in alone[1:]], rel=1e-4)
+
+
+def test_training_goes_on_from_the_released_folders(recipe: ModuleType) -> None:
+    """Logits and slots of the training model are those of the embedded decoder and its compressor."""
+    sys.path.insert(0, str(RECIPE))
+    from model import PRESETS
+    from resume import read_released
+
+    from ctxcomp_rag import Chunk, load_frozen, load_trained_compressor
+    from ctxcomp_rag.backbone import embedded_path
+
+    made = recipe.Model(PRESETS["small"])
+    read_released(made, embedded_path().parent)
+    backbone = load_frozen()
+    ids = backbone.tokenizer.encode("The Skellan lighthouse is 31 metres tall.")
+    nothing = torch.zeros(1, len(ids), dtype=torch.long)
+    bias = torch.zeros(1, 1, len(ids), len(ids)).masked_fill(~torch.ones(len(ids), len(ids)).bool().tril(), -1e9)
+    with torch.no_grad():
+        logits = made.decode(torch.tensor([ids]), torch.zeros(0, made.shape.hidden_size), nothing.bool(), nothing,
+                             torch.arange(len(ids))[None], bias, (nothing[0], torch.arange(len(ids))))
+        slots, _ = recipe.encode_spans(made, [(ids, 4.0)])
+        expected = backbone.model(torch.tensor([ids])).logits[0]
+    span = load_trained_compressor("icae", backbone).compress(
+        [Chunk("d", backbone.tokenizer.decode(ids), 0, 10, len(ids))], compression_factor=4.0)[0]
+    torch.testing.assert_close(logits, expected.float(), atol=5e-4, rtol=1e-3)
+    torch.testing.assert_close(slots, span.embeds.float(), atol=5e-4, rtol=1e-3)  # type: ignore[attr-defined]
