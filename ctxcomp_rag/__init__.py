@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
     from ctxcomp_rag.pipeline import Answer, CompressedRAG, load_trained_compressor
     from ctxcomp_rag.readers import read_documents
-    from ctxcomp_rag.references import SpanReferences, find_references, new_scope
+    from ctxcomp_rag.references import SpanReferences, find_references, new_scope, quoted
     from ctxcomp_rag.retrieval import RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
     from ctxcomp_rag.rope import rotate_keys
     from ctxcomp_rag.spans import KVSpan, LatentSpan, MemorySpan, SoftSpan, SpanSpec
@@ -56,7 +56,7 @@ _HOME = {
     "index": ("MemoryIndex", "RetrievedSpan"),
     "pipeline": ("Answer", "CompressedRAG", "load_trained_compressor"),
     "readers": ("read_documents",),
-    "references": ("SpanReferences", "find_references", "new_scope"),
+    "references": ("SpanReferences", "find_references", "new_scope", "quoted"),
     "retrieval": ("RetrievalEncoder", "embed_texts", "encoder_name", "load_retrieval_encoder"),
     "rope": ("rotate_keys",),
     "spans": ("KVSpan", "LatentSpan", "MemorySpan", "SoftSpan", "SpanSpec"),
@@ -106,6 +106,7 @@ __all__ = [
     "load_retrieval_encoder",
     "load_trained_compressor",
     "new_scope",
+    "quoted",
     "read_documents",
     "render_chat",
     "rotate_keys",

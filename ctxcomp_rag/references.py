@@ -221,6 +221,11 @@ def has_cut_reference(text: str) -> bool:
     return _PREFIX in text or _BEHEADED.search(text) is not None
 
 
+def quoted(text: str) -> str:
+    """Text that names no reference and looks like no piece of one: blanks are put into what does."""
+    return _BEHEADED.sub(lambda found: found[0].replace("]]", "] ]"), text.replace(_PREFIX, _PREFIX.replace("s", " s")))
+
+
 def _spell(handle: bytes, tag: bytes) -> str:
     return f"{_PREFIX}{_base64(handle)}:{_base64(tag)}]]"
 
@@ -241,4 +246,4 @@ def _xor(a: bytes, b: bytes) -> bytes:
     return bytes(x ^ y for x, y in zip(a, b, strict=True))
 
 
-__all__ = ["REFERENCE", "SpanReferences", "find_references", "has_cut_reference", "new_scope"]
+__all__ = ["REFERENCE", "SpanReferences", "find_references", "has_cut_reference", "new_scope", "quoted"]

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctxcomp_rag.errors import InputError, SpanReferenceError
-from ctxcomp_rag.references import REFERENCE, SpanReferences, find_references, has_cut_reference, new_scope
+from ctxcomp_rag.references import REFERENCE, SpanReferences, find_references, has_cut_reference, new_scope, quoted
 
 KEY = bytes(range(32))
 CHUNK, OTHER_CHUNK = "0123456789abcdef" * 2, "f" * 32
@@ -451,3 +451,13 @@ def test_wherever_a_reference_is_cut_one_of_the_pieces_shows_it() -> None:
 ])
 def test_ordinary_text_holds_no_cut_reference(text: str) -> None:
     assert not has_cut_reference(text)
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_quoted_text_names_no_reference_and_looks_like_no_piece_of_one(before: str, after: str) -> None:
+    reference = SpanReferences("kb").mint("0" * 32, "scope")
+    for cut in range(0, len(reference) + 1, 5):
+        text = quoted(before + reference[:cut] + after + reference[cut:])
+        assert find_references(text)[1::2] == []
+        assert not has_cut_reference(text)
+    assert quoted("plain [brackets] and [[wiki]] links") == "plain [brackets] and [[wiki]] links"

@@ -11,7 +11,7 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables.config import run_in_executor
 from pydantic import PrivateAttr
 
-from ctxcomp_rag import CtxcompError, InputError, SpanChat
+from ctxcomp_rag import CtxcompError, InputError, SpanChat, quoted
 from langchain_ctxcomp.chunks import REFERENCE_KEY
 from langchain_ctxcomp.minting import with_references
 from langchain_ctxcomp.scope import current_scope
@@ -78,8 +78,7 @@ def _with_text(document: Document) -> Document:
     """A document without a span shows its text where the others show their reference, spelled so that it names none."""
     if REFERENCE_KEY in document.metadata:
         return document
-    text = document.page_content.replace("[[span:", "[[ span:")
-    return document.model_copy(update={"metadata": {**document.metadata, REFERENCE_KEY: text}})
+    return document.model_copy(update={"metadata": {**document.metadata, REFERENCE_KEY: quoted(document.page_content)}})
 
 
 __all__ = ["SpanDocumentCompressor"]

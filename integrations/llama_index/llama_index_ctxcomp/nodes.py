@@ -8,12 +8,11 @@ from llama_index.core.base.llms.types import BaseContentBlock
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import MetadataMode, TextNode
 
-from ctxcomp_rag import InputError
+from ctxcomp_rag import InputError, quoted
 from llama_index_ctxcomp.blocks import SpanBlock
 from llama_index_ctxcomp.minted import MintedSpan
 
 _PREFIX = "[[span:"
-_QUOTED = "[[ span:"
 
 
 def holds_reference(text: str) -> bool:
@@ -81,7 +80,7 @@ class QuotedNode(TextNode):
 
     def get_content(self, metadata_mode: MetadataMode = MetadataMode.NONE) -> str:
         content = super().get_content(metadata_mode)
-        return content.replace(_PREFIX, _QUOTED) if metadata_mode == MetadataMode.LLM else content
+        return quoted(content) if metadata_mode == MetadataMode.LLM else content
 
 
 def _fields(node: TextNode) -> dict[str, Any]:
