@@ -11,12 +11,13 @@ import lzma
 import random
 import re
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ctxcomp_rag.evaluation.fictional import NOT_STATED, FictionalDocument, Split, generate_document
+from ctxcomp_rag.evaluation.fictional import KINDS, NOT_STATED, FictionalDocument, Split, generate_document
 
 MAX_CHUNK = 144
 BOS, EOS = "<|bos|>", "<|end|>"
@@ -145,6 +146,22 @@ class Corpus:
             chosen[-1] = replace(absent, answer=NOT_STATED)
         return [self.question(self.ids(middle.replace("{q}", c.question)), self.answer_ids(c.answer)) for c in chosen]
 
+    def telling_apart(self, rng: random.Random, documents: list[FictionalDocument], middle: str) -> list[Branch]:
+        """Up to three questions about each document, first about facts that another document states too; sometimes
+        one without an answer: about such a fact where it is not stated, or about a document that is not there."""
+        stated = Counter(q.fact for d in documents for q in d.questions)
+        asked = []
+        for d in documents:
+            order = sorted(d.questions, key=lambda q: (stated[q.fact] == 1) + rng.random() * 0.9)
+            asked += order[: rng.choice((2, 3))]
+        if rng.random() < 0.3:
+            missing = [q for d in documents for q in d.unanswerable]
+            asked.append(rng.choice([q for q in missing if stated[q.fact]] or missing))
+        if rng.random() < 0.15:
+            absent = rng.choice(self.fictional(rng, documents[0].kind)[1].questions)
+            asked.append(replace(absent, answer=NOT_STATED))
+        return [self.question(self.ids(middle.replace("{q}", c.question)), self.answer_ids(c.answer)) for c in asked]
+
     def question(self, before: list[int], answer: list[int]) -> Branch:
         return Branch([*before, *answer, self.eos], len(before), "answer")
 
@@ -213,18 +230,17 @@ class Corpus:
         return self.question(self.ids(middle.replace("{q}", asked)), self.not_stated)
 
     def several_row(self, rng: random.Random, source: str, factors: list[float | None]) -> Row:
-        """Several documents in any order, each as text or as slots; questions about one or two of them."""
+        """Several documents in any order, each as text or as slots; questions about all (SQuAD: about one) of them.
+
+        Fictional documents are most often of one kind, as retrieved ones are: only the subject tells them apart.
+        """
         prefix, middle = self.layout(rng)
         row = Row(prefix, [], source=source + "-several")
         if source == "fictional":
-            documents = []
-            same_kind = rng.random() < 0.5
-            for _ in factors:
-                kind = documents[0][1].kind if same_kind and documents else None
-                documents.append(self.fictional(rng, kind))
-            contents = [d[0] for d in documents]
-            for _, document in rng.sample(documents, min(2, len(documents))):
-                row.branches += self.fictional_branches(rng, document, 2, middle)
+            kind = rng.choice(KINDS) if rng.random() < 0.75 else None
+            drawn = [self.fictional(rng, kind) for _ in factors]
+            contents = [ids for ids, _ in drawn]
+            row.branches = self.telling_apart(rng, [document for _, document in drawn], middle)
         else:
             target = rng.choice(self.answerable)
             ids, pairs = self.squad_window(rng, self.squad[target])

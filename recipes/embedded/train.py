@@ -30,6 +30,10 @@ from torch import Tensor
 from ctxcomp_rag.evaluation.fictional import generate_document
 
 STAGES = ("text", "joint", "compressor")
+COMPRESSOR_RATE = 0.2  # learning rate of a compressor that only has to settle on the frozen decoder
+# Once the curriculum is over: how often a factor is drawn. English at 8x and beyond is out of this model's reach.
+FACTORS = {"fictional": {1: 5, 2: 10, 3: 5, 4: 40, 6: 5, 8: 25, 12: 3, 16: 7},
+           "english": {1: 10, 2: 20, 3: 10, 4: 45, 6: 5, 8: 10}}
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Schedule:
     adam_lr: float = 3e-3
     warmup: int = 60
     max_factor: float = 16.0
+    curriculum: float = 0.6
 
     def learning_rate(self, stage: str, step: int) -> float:
         total = getattr(self, stage)
@@ -51,15 +56,18 @@ class Schedule:
         scale = min(1.0, (step + 1) / self.warmup)
         if stage != "text" and share > self.decay_from:
             scale *= 1 - 0.97 * (share - self.decay_from) / (1 - self.decay_from)
-        return scale
+        return scale * (COMPRESSOR_RATE if stage == "compressor" and self.joint else 1.0)
 
     def progress(self, stage: str, step: int) -> float:
-        """How far the factor curriculum is: it runs over the first stage with slots (a control has no joint stage)."""
-        return step / getattr(self, stage) if stage == ("joint" if self.joint else "compressor") else 1.0
+        """How far the factor curriculum is, from 0 to 1: it takes a share (`curriculum`) of the first stage with slots
+        (a control has no joint stage); none where the weights already read slots."""
+        if stage == "text" or not self.curriculum or stage != ("joint" if self.joint else "compressor"):
+            return 1.0
+        return min(1.0, step / (getattr(self, stage) * self.curriculum))
 
     def naming(self, stage: str, step: int) -> float:
-        """Weight of the naming loss: 1 when slots begin, nothing from 40 % of the curriculum on."""
-        return max(0.0, 1 - self.progress(stage, step) / 0.4) if stage != "text" else 0.0
+        """Weight of the naming loss: 1 when slots begin, nothing from two thirds of the curriculum on."""
+        return max(0.0, 1 - self.progress(stage, step) * 1.5) if stage != "text" else 0.0
 
 
 def train_tokenizer(data: Path, vocab_size: int) -> Tokenizer:
@@ -188,12 +196,12 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
         for i in range(1, len(branch.ids)):
             loss = branch.kind if i >= branch.answer_start else "question"
             if loss == "answer" and row.source.startswith("fictional"):
-                loss = "answer-home"
+                loss = "answer-home" if len(row.parts) == 1 else "answer-several"
             flat.targets.append((base + i - 1, branch.ids[i], loss, number))
     return flat
 
 
-WEIGHTS = {"answer-home": 1.0, "answer": 0.6, "reconstruct": 1.0, "question": 0.1, "lm": 0.3, "lm-home": 0.3}
+WEIGHTS = {"answer-home": 1.0, "answer-several": 1.0, "answer": 0.6, "reconstruct": 1.0, "question": 0.1, "lm": 0.3, "lm-home": 0.3}
 
 
 def naming_loss(model: Model, spans: list[tuple[list[int], float]], slots: Tensor) -> Tensor:
@@ -249,7 +257,7 @@ def forward(model: Model, rows: list[Row], separator: list[int], budget: int = 1
         loss = loss + naming_loss(model, spans, slots) * (naming / float(counted[-1]))
     sums = dict.fromkeys(kinds, 0.0)
     exact: list[tuple[str, str, bool]] = []
-    flats.sort(key=lambda f: len(f.ids))
+    flats = sorted((f for f in flats if f.targets), key=lambda f: len(f.ids))
     while flats:
         width = len(flats[-1].ids)
         take = max(1, budget // width)
@@ -280,12 +288,22 @@ def forward(model: Model, rows: list[Row], separator: list[int], budget: int = 1
     return Outcome(loss, sums, totals, exact)
 
 
-def draw_factor(rng: random.Random, progress: float, limit: float) -> float:
-    """1x at first; the largest factor grows to 8x over the first 40 % and to the limit at 60 %."""
-    top = 8 ** min(1.0, progress / 0.4)
-    if progress > 0.4:
-        top = min(limit, 8 * 2 ** ((progress - 0.4) / 0.2))
+def draw_factor(rng: random.Random, source: str, progress: float, limit: float) -> float:
+    """1x at first; the largest factor grows to 8x over two thirds of the curriculum and to the limit at its end."""
+    if progress >= 1:
+        table = FACTORS["fictional" if source == "fictional" else "english"]
+        return min(limit, float(rng.choices(list(table), list(table.values()))[0]))
+    top = 8 ** min(1.0, progress * 1.5)
+    if progress > 2 / 3:
+        top = min(limit, 8 * 2 ** (progress * 3 - 2))
     return float(top ** rng.betavariate(2.0, 1.2)) if top > 1 else 1.0
+
+
+# Rows of one step by stage: one document as text, one as slots, several documents as text, as slots or as both.
+MIX = {"text": ({"fictional": 10}, {}, {"fictional": 4}),
+       "joint": ({"fictional": 1, "squad": 3, "wiki": 1}, {"fictional": 3, "squad": 2, "wiki": 2},
+                 {"fictional": 6, "squad": 1}),
+       "compressor": ({}, {"fictional": 3, "squad": 2, "wiki": 2}, {"fictional": 6, "squad": 1})}
 
 
 def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, scale: float, vocab: int,
@@ -293,33 +311,26 @@ def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, s
     """The rows of one step. `english` is the share of steps that take each of the English rows in."""
     ae = vocab + 1
 
-    def factor() -> float:
-        return draw_factor(rng, progress, max_factor)
+    def drawn(mix: dict[str, int]) -> list[str]:
+        return [source for source, n in mix.items() for _ in range(max(1, round(n * scale)))
+                if source == "fictional" or rng.random() < english]
 
-    def several(source: str, as_text: float) -> Row:
+    def several(source: str) -> Row:
+        factor = draw_factor(rng, source, progress, max_factor)
+        as_text = 1.0 if stage == "text" else rng.choice((0.0, 0.0, 0.3, 1.0))
         size = rng.choice((2, 3, 3, 4)) if source == "fictional" else rng.choice((2, 3))
-        shared = factor()
-        return corpus.several_row(rng, source, [None if rng.random() < as_text else shared for _ in range(size)])
+        return corpus.several_row(rng, source, [None if rng.random() < as_text else factor for _ in range(size)])
 
-    def count(n: float) -> range:
-        return range(max(1, round(n * scale)))
-
-    def singles(mix: dict[str, float], slots: bool) -> list[Row]:
-        return [corpus.single_row(rng, source, factor() if slots else None, ae) for source, n in mix.items()
-                for _ in count(n) if source == "fictional" or rng.random() < english]
-
-    if stage == "text":
-        rows = singles({"fictional": 14}, False)
-        rows += [corpus.random_row(rng, None, ae, 24) for _ in count(8)]  # copying forms on these first
-        return rows + [several("fictional", 1.0) for _ in count(2)]
-    rows = singles({"fictional": 7, "squad": 2, "wiki": 2}, True)
-    if stage == "joint":
-        rows += singles({"fictional": 3, "squad": 3, "wiki": 1}, False)
-        if progress < 0.33:
-            rows += [corpus.random_row(rng, rng.uniform(1, 2), ae) for _ in count(2)]
-    if progress > 0.1:
-        rows += [several("fictional", rng.choice((0.0, 0.3, 1.0))) for _ in count(4)]
-        rows += [several("squad", rng.choice((0.0, 0.3, 1.0))) for _ in count(1) if rng.random() < english]
+    text, slots, together = MIX[stage]
+    rows = [corpus.single_row(rng, source, None, ae) for source in drawn(text)]
+    rows += [corpus.single_row(rng, source, draw_factor(rng, source, progress, max_factor), ae)
+             for source in drawn(slots)]
+    if stage == "text" or progress > 0.15:
+        rows += [several(source) for source in drawn(together)]
+    if stage == "text":  # copying forms on these first
+        rows += [corpus.random_row(rng, None, ae, 24) for _ in range(max(1, round(8 * scale)))]
+    elif progress < 0.5:
+        rows += [corpus.random_row(rng, rng.uniform(1, 2), ae) for _ in range(max(1, round(2 * scale)))]
     return rows
 
 
@@ -368,20 +379,24 @@ def make_optimizers(model: Model, stage: str, schedule: Schedule) -> list[torch.
 def evaluate(model: Model, corpus: Corpus, vocab: int, seed: int = 7) -> dict[str, float]:
     """Exact match of teacher-forced greedy answers (equal to greedy decoding) and reconstruction loss by factor."""
     result: dict[str, float] = {}
+
+    def score(name: str, rows: list[Row]) -> None:
+        out = forward(model, rows, corpus.separator)
+        answers = [k for k in WEIGHTS if k.startswith("answer")]
+        tokens = max(1, sum(out.counts[k] for k in answers))
+        result[name + ".answer"] = round(sum(out.sums[k] for k in answers) / tokens, 4)
+        only = [Row(r.prefix, r.parts, [b for b in r.branches if b.kind == "answer"], source=r.source) for r in rows]
+        got = forward(model, only, corpus.separator).exact
+        result[name + ".em"] = round(100 * sum(e[2] for e in got) / max(1, len(got)), 1)
+        if out.counts["reconstruct"]:
+            result[name + ".rec"] = round(out.sums["reconstruct"] / out.counts["reconstruct"], 4)
+
     for source in ("fictional", "squad"):
         for factor in (None, 1.0, 2.0, 4.0, 8.0, 16.0):
-            rng = random.Random(seed)
-            rows = [corpus.single_row(rng, source, factor, vocab + 1) for _ in range(24)]
-            out = forward(model, rows, corpus.separator)
-            name = f"{source}.{'text' if factor is None else f'{factor:g}x'}"
-            result[name + ".answer"] = round((out.sums["answer"] + out.sums["answer-home"])
-                                            / max(1, out.counts["answer"] + out.counts["answer-home"]), 4)
-            answers = [Row(r.prefix, r.parts, [b for b in r.branches if b.kind == "answer"], source=source)
-                       for r in rows]
-            got = forward(model, answers, corpus.separator).exact
-            result[name + ".em"] = round(100 * sum(e[2] for e in got) / max(1, len(got)), 1)
-            if factor:
-                result[name + ".rec"] = round(out.sums["reconstruct"] / max(1, out.counts["reconstruct"]), 4)
+            name, rng = "text" if factor is None else f"{factor:g}x", random.Random(seed)
+            score(f"{source}.{name}", [corpus.single_row(rng, source, factor, vocab + 1) for _ in range(24)])
+            if source == "fictional" and factor in (None, 4.0, 8.0):
+                score(f"several.{name}", [corpus.several_row(rng, source, [factor] * 3) for _ in range(16)])
     return result
 
 
