@@ -57,8 +57,9 @@ def precompress(
     model: Model = "embedded",
     chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk (default: the compressor's).")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,
-    codec: Annotated[str | None, typer.Option(help="How a new index stores spans: exact, int8, fp8 or int4 (default: "
-                                              "exact; ctxcomp codecs measures them).")] = None,
+    codec: Annotated[str | None, typer.Option(help="How a new index stores spans: exact, int8, fp8, int4, "
+                                              "rotated4, rotated3 or rotated2 (default: exact; ctxcomp codecs "
+                                              "measures them).")] = None,
     text_column: Annotated[str, typer.Option(help="Column or field of the text in jsonl, csv, parquet.")] = "text",
     id_column: Annotated[str | None, typer.Option(help="Column of the document id (default: file#row).")] = None,
     metadata_column: Annotated[list[str] | None, typer.Option(help="Column kept as metadata; may be repeated.")] = None,

@@ -81,6 +81,16 @@ def _token_sentences(text: str, starts: list[int]) -> list[int]:
     return sorted({max(0, b - 1) if b and b <= len(starts) else 0 for b in begins})
 
 
+def shortened(document: FictionalDocument, facts: int) -> FictionalDocument:
+    """The document's beginning, to the end of the sentence that states its n-th fact; the others become unanswerable."""
+    ends = [m.end() for m in re.finditer(r"\.(?= [A-Z]|$)", document.text)]
+    last = document.questions[min(facts, len(document.questions)) - 1].answer
+    stop = next(e for e in ends if e >= document.text.index(last) + len(last))
+    kept = tuple(q for q in document.questions if q.answer in document.text[:stop])
+    lost = tuple(replace(q, answer=NOT_STATED) for q in document.questions if q not in kept)
+    return replace(document, text=document.text[:stop], questions=kept, unanswerable=document.unanswerable + lost)
+
+
 class Corpus:
     """All sources, tokenised; `row(...)` draws one training row."""
 
@@ -153,7 +163,7 @@ class Corpus:
         asked = []
         for d in documents:
             order = sorted(d.questions, key=lambda q: (stated[q.fact] == 1) + rng.random() * 0.9)
-            asked += order[: rng.choice((2, 3))]
+            asked += order[: rng.choice((1, 2)) if len(documents) > 4 else rng.choice((2, 3))]
         if rng.random() < 0.3:
             missing = [q for d in documents for q in d.unanswerable]
             asked.append(rng.choice([q for q in missing if stated[q.fact]] or missing))
@@ -229,18 +239,21 @@ class Corpus:
         asked = rng.choice(self.squad[other].questions)[0]
         return self.question(self.ids(middle.replace("{q}", asked)), self.not_stated)
 
-    def several_row(self, rng: random.Random, source: str, factors: list[float | None]) -> Row:
+    def several_row(self, rng: random.Random, source: str, factors: list[float | None], short: bool = False) -> Row:
         """Several documents in any order, each as text or as slots; questions about all (SQuAD: about one) of them.
 
-        Fictional documents are most often of one kind, as retrieved ones are: only the subject tells them apart.
+        Fictional documents are most often of one kind, as retrieved ones are: only the subject tells them apart. With
+        `short` they keep one to three facts: there name and value stand close, and telling apart is learnt first.
         """
         prefix, middle = self.layout(rng)
         row = Row(prefix, [], source=source + "-several")
         if source == "fictional":
             kind = rng.choice(KINDS) if rng.random() < 0.75 else None
-            drawn = [self.fictional(rng, kind) for _ in factors]
-            contents = [ids for ids, _ in drawn]
-            row.branches = self.telling_apart(rng, [document for _, document in drawn], middle)
+            documents = [self.fictional(rng, kind)[1] for _ in factors]
+            if short:
+                documents = [shortened(d, rng.choice((1, 1, 2, 3))) for d in documents]
+            contents = [self.ids(d.text) for d in documents]
+            row.branches = self.telling_apart(rng, documents, middle)
         else:
             target = rng.choice(self.answerable)
             ids, pairs = self.squad_window(rng, self.squad[target])

@@ -318,8 +318,9 @@ def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, s
     def several(source: str) -> Row:
         factor = draw_factor(rng, source, progress, max_factor)
         as_text = 1.0 if stage == "text" else rng.choice((0.0, 0.0, 0.3, 1.0))
-        size = rng.choice((2, 3, 3, 4)) if source == "fictional" else rng.choice((2, 3))
-        return corpus.several_row(rng, source, [None if rng.random() < as_text else factor for _ in range(size)])
+        short = source == "fictional" and rng.random() < 0.4
+        size = rng.randint(3, 8) if short else rng.choice((2, 3, 3, 4)) if source == "fictional" else rng.choice((2, 3))
+        return corpus.several_row(rng, source, [None if rng.random() < as_text else factor for _ in range(size)], short)
 
     text, slots, together = MIX[stage]
     rows = [corpus.single_row(rng, source, None, ae) for source in drawn(text)]

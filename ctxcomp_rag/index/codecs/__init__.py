@@ -5,8 +5,10 @@ from ctxcomp_rag.index.codecs.base import Codec, Role
 from ctxcomp_rag.index.codecs.exact import Exact
 from ctxcomp_rag.index.codecs.fp8 import Float8
 from ctxcomp_rag.index.codecs.integer import Int4, Int8
+from ctxcomp_rag.index.codecs.rotated import Rotated2, Rotated3, Rotated4
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Exact(), Int8(), Float8(), Int4())}
+CODECS: dict[str, Codec] = {
+    codec.name: codec for codec in (Exact(), Int8(), Float8(), Int4(), Rotated4(), Rotated3(), Rotated2())}
 
 
 def codec_named(name: str) -> Codec:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ctxcomp_rag.index.codecs.base import Codec, Role, reduced_axis
 
 _GROUP = 32
-_SCALE_DTYPE = torch.bfloat16  # the range of float32; what it lacks in precision, rounding by the stored scale absorbs
+SCALE_DTYPE = torch.bfloat16  # the range of float32; what it lacks in precision, rounding by the stored scale absorbs
 
 
 class Int8(Codec):
@@ -56,7 +56,7 @@ class Int4(Codec):
 
 def stored(scale: Tensor) -> Tensor:
     """Rounded up in the stored dtype: the largest element must not fall outside the codes."""
-    rounded = scale.to(_SCALE_DTYPE)
+    rounded = scale.to(SCALE_DTYPE)
     return torch.where(rounded.float() < scale, torch.nextafter(rounded, torch.full_like(rounded, torch.inf)), rounded)
 
 
