@@ -146,6 +146,13 @@ class Corpus:
             if len(ids) <= MAX_CHUNK:
                 return ids, document
 
+    def beginning_with(self, rng: random.Random, fact: str) -> FictionalDocument:
+        """A document that states this fact first."""
+        while True:
+            document = self.fictional(rng, fact.partition(".")[0])[1]
+            if document.questions[0].fact == fact:
+                return document
+
     def fictional_branches(self, rng: random.Random, document: FictionalDocument, count: int,
                            middle: str) -> list[Branch]:
         chosen = rng.sample(document.questions, min(count, len(document.questions)))
@@ -243,15 +250,18 @@ class Corpus:
         """Several documents in any order, each as text or as slots; questions about all (SQuAD: about one) of them.
 
         Fictional documents are most often of one kind, as retrieved ones are: only the subject tells them apart. With
-        `short` they keep one to three facts: there name and value stand close, and telling apart is learnt first.
+        `short` they keep one to three facts, the same one first, so that nothing but the name tells which is asked
+        for, and name and value stand close.
         """
         prefix, middle = self.layout(rng)
-        row = Row(prefix, [], source=source + "-several")
+        row = Row(prefix, [], source=source + ("-short" if short else "-several"))
         if source == "fictional":
             kind = rng.choice(KINDS) if rng.random() < 0.75 else None
-            documents = [self.fictional(rng, kind)[1] for _ in factors]
             if short:
-                documents = [shortened(d, rng.choice((1, 1, 2, 3))) for d in documents]
+                fact = self.fictional(rng)[1].questions[0].fact
+                documents = [shortened(self.beginning_with(rng, fact), rng.choice((1, 1, 2, 3))) for _ in factors]
+            else:
+                documents = [self.fictional(rng, kind)[1] for _ in factors]
             contents = [self.ids(d.text) for d in documents]
             row.branches = self.telling_apart(rng, documents, middle)
         else:

@@ -196,12 +196,14 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
         for i in range(1, len(branch.ids)):
             loss = branch.kind if i >= branch.answer_start else "question"
             if loss == "answer" and row.source.startswith("fictional"):
-                loss = "answer-home" if len(row.parts) == 1 else "answer-several"
+                loss = {"fictional-several": "answer-several", "fictional-short": "answer-short"}.get(
+                    row.source, "answer-home")
             flat.targets.append((base + i - 1, branch.ids[i], loss, number))
     return flat
 
 
-WEIGHTS = {"answer-home": 1.0, "answer-several": 1.0, "answer": 0.6, "reconstruct": 1.0, "question": 0.1, "lm": 0.3, "lm-home": 0.3}
+WEIGHTS = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 0.6, "reconstruct": 1.0,
+           "question": 0.1, "lm": 0.3, "lm-home": 0.3}
 
 
 def naming_loss(model: Model, spans: list[tuple[list[int], float]], slots: Tensor) -> Tensor:
@@ -301,9 +303,9 @@ def draw_factor(rng: random.Random, source: str, progress: float, limit: float) 
 
 # Rows of one step by stage: one document as text, one as slots, several documents as text, as slots or as both.
 MIX = {"text": ({"fictional": 10}, {}, {"fictional": 4}),
-       "joint": ({"fictional": 1, "squad": 3, "wiki": 1}, {"fictional": 3, "squad": 2, "wiki": 2},
-                 {"fictional": 6, "squad": 1}),
-       "compressor": ({}, {"fictional": 3, "squad": 2, "wiki": 2}, {"fictional": 6, "squad": 1})}
+       "joint": ({"fictional": 1, "squad": 3, "wiki": 1}, {"fictional": 5, "squad": 3, "wiki": 2},
+                 {"fictional": 3, "squad": 1}),
+       "compressor": ({}, {"fictional": 5, "squad": 3, "wiki": 2}, {"fictional": 3, "squad": 1})}
 
 
 def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, scale: float, vocab: int,
@@ -319,7 +321,7 @@ def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, s
         factor = draw_factor(rng, source, progress, max_factor)
         as_text = 1.0 if stage == "text" else rng.choice((0.0, 0.0, 0.3, 1.0))
         short = source == "fictional" and rng.random() < 0.4
-        size = rng.randint(3, 8) if short else rng.choice((2, 3, 3, 4)) if source == "fictional" else rng.choice((2, 3))
+        size = rng.randint(2, 6) if short else rng.choice((2, 3, 3, 4)) if source == "fictional" else rng.choice((2, 3))
         return corpus.several_row(rng, source, [None if rng.random() < as_text else factor for _ in range(size)], short)
 
     text, slots, together = MIX[stage]
