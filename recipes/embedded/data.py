@@ -82,7 +82,7 @@ def _token_sentences(text: str, starts: list[int]) -> list[int]:
 
 
 def shortened(document: FictionalDocument, facts: int) -> FictionalDocument:
-    """The document's beginning, to the end of the sentence that states its n-th fact; the others become unanswerable."""
+    """The document's beginning, to the end of the sentence of its n-th fact; the other facts become unanswerable."""
     ends = [m.end() for m in re.finditer(r"\.(?= [A-Z]|$)", document.text)]
     last = document.questions[min(facts, len(document.questions)) - 1].answer
     stop = next(e for e in ends if e >= document.text.index(last) + len(last))
