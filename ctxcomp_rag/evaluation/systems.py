@@ -86,7 +86,8 @@ class Comparison:
         elif system.kind == "truncated":
             slots = [s.num_slots for s in self.spans(chunks, system.factor)]
             contents = [[truncated_part(self.decoder.backbone, c, n)] for c, n in zip(chunks, slots, strict=True)]
-        return prompt_parts(self.decoder.backbone, question.text, contents)
+        of_spans = self.compressor.spec if system.kind in ("spans", "prerolled") else None
+        return prompt_parts(self.decoder.backbone, question.text, contents, of_spans)
 
     def ask(self, system: System, questions: Sequence[Question],
             progress: Callable[[int], None] | None = None) -> list[Generation]:
