@@ -234,10 +234,12 @@ class OfficialMethod(StrEnum):
 @app.command("import")
 def import_(
     method: Annotated[OfficialMethod, typer.Argument(help="Whose checkpoint it is.")],
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="icae: the .safetensors (v2) or .pt (v1) file. "
-                                           "pcc: the Lite or Large folder.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="icae: the .safetensors (v2) or .pt (v1) file. "
+                                          "pcc: the Lite or Large folder. Here, or on the Hugging Face hub: "
+                                          "OWNER/NAME/FILE (icae), OWNER/NAME (pcc).")],
     out: Annotated[Path, typer.Option(help="Folder of the compressor, for `precompress --compressor`.")],
     model: Model = "embedded",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a SOURCE on the hub.")] = None,
     segment_tokens: Annotated[int | None, typer.Option(help="Longest segment; not in the file [default: icae v1 512, "
                                                        "v2 4 for each slot, pcc 256].")] = None,
     factor: Annotated[int, typer.Option(min=1, help="pcc: source tokens per slot; not in the files.")] = 4,
@@ -249,12 +251,12 @@ def import_(
 ) -> None:
     """Turn an official checkpoint into a compressor folder."""
     from ctxcomp_rag.backbone import load_frozen
-    from ctxcomp_rag.importers import import_official
+    from ctxcomp_rag.importers import from_official
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{str(out)!r} exists and is not an empty folder; choose another --out")
-    compressor = import_official(method.value, source, load_frozen(model), segment_tokens=segment_tokens,
-                                 factor=factor, patch=patch, encoder_base=encoder_base)
+    compressor = from_official(method.value, source, load_frozen(model), revision=revision,
+                               segment_tokens=segment_tokens, factor=factor, patch=patch, encoder_base=encoder_base)
     compressor.save_pretrained(out)
     result = {"method": method.value, "out": str(out), "compressor": compressor.spec.compressor,
               "segment_tokens": compressor.max_chunk_tokens, "compression_factor": compressor.compression_factor}

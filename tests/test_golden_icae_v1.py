@@ -19,7 +19,8 @@ from ctxcomp_rag.backbone import load_frozen
 from ctxcomp_rag.compressors.icae import ICAECompressor
 from ctxcomp_rag.errors import ModelLoadError
 from ctxcomp_rag.importers.containers import read_tensors
-from ctxcomp_rag.importers.icae import OFFICIAL_V1_END_ID, load_official_v1, save_official_v1
+from ctxcomp_rag.importers.icae import load_official_v1, save_official_v1
+from ctxcomp_rag.importers.layouts import ICAE_V1_END_ID
 from ctxcomp_rag.training import SampleIds, TrainingSample, training_loss
 
 SLOTS, LOGITS, LOSS = 2e-5, 5e-5, 1e-5
@@ -67,7 +68,7 @@ def test_trained_part(compressor: ICAECompressor, folder: Path, inputs: dict[str
     assert all(exported[k].equal(t) for k, t in trained.items())
     ids = SampleIds.of(compressor)
     assert {"mem_first": ids.first_memory, "ae": ids.reconstruct, "lm": ids.continue_, "ft": ids.after,
-            "eos": OFFICIAL_V1_END_ID}.items() <= inputs["ids"].items()
+            "eos": ICAE_V1_END_ID}.items() <= inputs["ids"].items()
     assert compressor.config.lora_rank == inputs["lora"]["r"]
 
 
@@ -102,7 +103,7 @@ def test_greedy_tokens(compressor: ICAECompressor, folder: Path, inputs: dict[st
     produced: list[int] = []
     while len(produced) < greedy["max_new_tokens"]:
         token = int(backbone.model(inputs_embeds=rows[None]).logits[0, -1].argmax())
-        if token == OFFICIAL_V1_END_ID:
+        if token == ICAE_V1_END_ID:
             break
         produced.append(token)
         rows = torch.cat([rows, backbone.embed(torch.tensor([token]))])
