@@ -23,12 +23,11 @@ def resolve_file(source: str | Path, revision: str | None = None) -> Path:
     owner, repository, file = [*name.split("/", 2), "", ""][:3]
     if not file or not _may_be_hub_name(name):
         raise ModelLoadError(f"there is no file {name!r}; on the Hugging Face hub a file is named OWNER/NAME/FILE")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(f"{owner}/{repository}", file, revision=revision))
-    except (OSError, ValueError) as error:
-        raise _unreachable(name, revision, error) from error
+    found = _fetch(f"{owner}/{repository}", revision, [file]) / file
+    if not found.exists():
+        raise ModelLoadError(f"the repository {owner}/{repository} on the Hugging Face hub has no file {file!r}"
+                             f"{_at(revision)}; check the spelling")
+    return found
 
 
 def resolve_folder(source: str | Path, revision: str | None = None) -> Path:
@@ -38,12 +37,26 @@ def resolve_folder(source: str | Path, revision: str | None = None) -> Path:
         return path
     if name.count("/") != 1 or not _may_be_hub_name(name):
         raise ModelLoadError(f"there is no folder {name!r}; on the Hugging Face hub a folder is named OWNER/NAME")
+    return _fetch(name, revision, PCC_FILES)
+
+
+def _fetch(repository: str, revision: str | None, files: list[str]) -> Path:
+    """The folder of a repository in the hub's cache, with these files in it as far as the repository has them."""
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PCC_FILES))
+    try:  # not hf_hub_download, which tries for half a minute where there is no network
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
-        raise _unreachable(name, revision, error) from error
+        said = str(error).strip().splitlines()
+        raise ModelLoadError(
+            f"{repository!r}{_at(revision)} is not here and could not be fetched from the Hugging Face hub "
+            f"({said[0] if said else type(error).__name__}). Check the spelling and the network; without network, "
+            "download it elsewhere and pass its path"
+        ) from error
+
+
+def _at(revision: str | None) -> str:
+    return f" at revision {revision!r}" if revision else ""
 
 
 def _is_here(path: Path, revision: str | None) -> bool:
@@ -55,13 +68,3 @@ def _is_here(path: Path, revision: str | None) -> bool:
 
 def _may_be_hub_name(name: str) -> bool:
     return not name.startswith(("/", ".", "~")) and "\\" not in name and "//" not in name
-
-
-def _unreachable(name: str, revision: str | None, error: Exception) -> ModelLoadError:
-    said = str(error).strip().splitlines()
-    at = f" at revision {revision!r}" if revision else ""
-    return ModelLoadError(
-        f"{name!r}{at} is not here and could not be fetched from the Hugging Face hub: "
-        f"{said[0] if said else type(error).__name__} Check the spelling and the network; without network, download it "
-        "elsewhere and pass its path"
-    )
