@@ -54,6 +54,8 @@ def precompress(
     factor: Annotated[float | None, typer.Option(help="Source tokens per slot (default: the compressor's).")] = None,
     budget: Annotated[str | None, typer.Option(help="Size of a chunk's span, for methods that need no training: "
                                                "256slots, 64KiB or 4x.")] = None,
+    latent: Annotated[bool, typer.Option("--latent", help="A new index holds the memory of the compressor's encoder, "
+                                         "which every decoder with a converter for it reads.")] = False,
     model: Model = "embedded",
     chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk (default: the compressor's).")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,
@@ -77,14 +79,14 @@ def precompress(
                                     metadata_columns=metadata_column or (), on_error=on_error.value,
                                     on_skip=lambda name, error: failures.update({name: str(error)})))
     if dry_run:
-        result = _estimate(documents, model, compressor, factor, budget, chunk_tokens, overlap_tokens, on_error.value,
-                           failures)
+        result = _estimate(documents, model, compressor, factor, budget, latent, chunk_tokens, overlap_tokens,
+                           on_error.value, failures)
     else:
         from ctxcomp_rag.pipeline import CompressedRAG
 
         quiet()
-        with CompressedRAG.create(out, model=model, compressor=compressor, codec=codec,
-                                  budget=budget) as rag, \
+        with CompressedRAG.create(out, model=model, compressor=compressor, codec=codec, budget=budget,
+                                  latent=latent) as rag, \
                 tqdm(total=len(documents), unit="doc", desc="precompress", file=sys.stderr, disable=None) as bar:
             tokens = 0
 
@@ -116,7 +118,8 @@ def precompress(
 
 
 def _estimate(documents: list[Any], model: str, compressor: str, factor: float | None, budget: str | None,
-              chunk_tokens: int | None, overlap: int, on_error: str, failures: dict[str, str]) -> dict[str, Any]:
+              latent: bool, chunk_tokens: int | None, overlap: int, on_error: str,
+              failures: dict[str, str]) -> dict[str, Any]:
     from ctxcomp_rag.backbone import load_frozen
     from ctxcomp_rag.chunking import split_document
     from ctxcomp_rag.pipeline import chunk_limit, load_trained_compressor
@@ -124,6 +127,7 @@ def _estimate(documents: list[Any], model: str, compressor: str, factor: float |
     quiet()
     backbone = load_frozen(model)
     maker = load_trained_compressor(compressor, backbone, budget)
+    maker = maker.latent if latent else maker
     limit = chunk_limit(maker, chunk_tokens)
     chunks = []
     done = 0
@@ -148,7 +152,10 @@ def ask(
     mode: Annotated[AnswerMode, typer.Option(help="Read the chunks' spans, their text, the text truncated to the "
                                              "positions of the spans, or nothing.")] = AnswerMode.spans,
     top_k: Annotated[int, typer.Option(help="Chunks to retrieve.")] = 3,
-    model: Annotated[str | None, typer.Option(help="Where the decoder is (default: the one the index names).")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the decoder is (default: the one the index names, or for "
+                                              "latent spans the compressor).")] = None,
+    compressor: Annotated[Path | None, typer.Option(help="Folder of the saved compressor that converts latent spans "
+                                                    "for the decoder; its encoder is not loaded.")] = None,
     cache_budget: Annotated[int | None, typer.Option(help="Most cache entries for prompt and answer; beyond it the "
                                                      "decoder keeps what matters to the question.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
@@ -163,7 +170,7 @@ def ask(
 
     quiet()
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    with CompressedRAG.open(index, model=model, cache_budget=cache_budget) as rag:
+    with CompressedRAG.open(index, model=model, compressor=compressor, cache_budget=cache_budget) as rag:
         began = time.perf_counter()
         answer = rag.answer(question, mode=mode.value, top_k=top_k, settings=settings)
         seconds = time.perf_counter() - began

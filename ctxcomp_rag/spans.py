@@ -330,7 +330,7 @@ class SpanSpec:
             raise IncompatibleSpanError(
                 f"these spans are the memory of the encoder {self.decoder} (compressor {self.compressor}), which no "
                 f"decoder reads as it is; pass the compressor that converts it for your decoder, as in "
-                f"CompressedRAG.open(path, compressor=FOLDER)"
+                f"CompressedRAG.open(path, compressor=FOLDER) or ctxcomp ask --compressor FOLDER"
             )
         return self.reader
 

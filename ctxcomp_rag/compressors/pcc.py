@@ -323,6 +323,10 @@ class PCCLatent(Compressor):
         config = self.pcc.config
         return len(config.segment_lengths(num_tokens + len(config.context_ids))) * config.slots_per_segment
 
+    @property
+    def slot_bytes(self) -> int:
+        return self.pcc.encoder.hidden_size * int(self.pcc.encoder.body.dtype.itemsize)
+
     def chunk_slots(self, chunk: Chunk, compression_factor: float | None = None) -> int:
         return self.num_slots(len(self.pcc.encoder.tokenizer.encode(chunk.text)), compression_factor)
 
