@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ctxcomp_rag.backbone import Backbone, weights_digest
+from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, embedded_path, weights_digest
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor
 from ctxcomp_rag.compressors.converting import (
@@ -101,11 +101,13 @@ def load_encoder(path: str | Path, *, adapter: str | Path | None = None, tokeniz
     """Load any encoder or decoder as an encoder for PCC; memory tokens are added where it has none.
 
     Args:
-        path: folder or hub id of the model.
+        path: folder or hub id of the model; "embedded" is the decoder that comes with the package.
         adapter: PEFT folder over it.
         tokenizer: folder of the tokenizer [default: the adapter's, else the model's].
         large: without an adapter, start a new one on all linear layers, the embeddings and the head.
     """
+    if str(path) == EMBEDDED_MODEL:
+        path = embedded_path()
     try:
         config = AutoConfig.from_pretrained(path, **hub)
         causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) & set(config.architectures or ())

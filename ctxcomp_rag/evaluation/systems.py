@@ -34,9 +34,10 @@ class System:
 
 
 def default_systems(factors: Sequence[float] = (4, 8, 16)) -> list[System]:
-    """Full text, spans at each factor, text truncated to the positions of 4x, no context."""
+    """Full text, spans at each factor, text truncated to the positions of the first of them, no context."""
     spans = [System(f"{f:g}x", "spans", f) for f in factors]
-    return [System("full_text", "text"), *spans, System("truncated_4x", "truncated", 4.0), System("no_context", "none")]
+    truncated = System(f"truncated_{factors[0]:g}x", "truncated", factors[0])
+    return [System("full_text", "text"), *spans, truncated, System("no_context", "none")]
 
 
 def possible_factors(compressor: Compressor, wanted: Sequence[float] = (4, 8, 16)) -> list[float]:
