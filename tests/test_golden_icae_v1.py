@@ -164,3 +164,13 @@ def test_damaged_files_are_named(compressor: ICAECompressor, folder: Path, tmp_p
         torch.save({**content, **changes}, tmp_path / "bad.pt")
         with pytest.raises(ModelLoadError, match=message):
             load_official_v1(tmp_path / "bad.pt", compressor.backbone)
+
+
+def test_a_checkpoint_with_a_memory_head_is_refused_by_name(compressor: ICAECompressor, folder: Path, tmp_path: Path
+                                                            ) -> None:
+    """The official code can put a head on the slots, off by default; no published checkpoint has one."""
+    head = {k: t for k, t in load_file(folder / "memory_head_variant.safetensors").items() if "memory_head" in k}
+    assert len(head) == 4
+    torch.save({**read_tensors(folder / CHECKPOINT), **head}, tmp_path / "head.pt")
+    with pytest.raises(ModelLoadError, match=r"has unknown keys memory_head\.dense_in\.bias; memory_head\.dense_in"):
+        load_official_v1(tmp_path / "head.pt", compressor.backbone)

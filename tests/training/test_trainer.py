@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ctxcomp_rag.backbone import weights_digest
@@ -199,6 +203,24 @@ def test_a_source_without_examples_is_refused(encoder_folder: Path, tmp_path: Pa
     empty = Stage("empty", (Source(stages[0].sources[0].objective, []),), 1, 1, 0.1)
     with pytest.raises(InputError, match="the stage 'empty' has a source without examples"):
         Trainer(compressor, loss, [empty], tmp_path)
+
+
+def test_a_run_is_the_same_in_one_process_and_in_two(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
+    script = str(Path(__file__).parent / "run_trainer.py")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, command in (("one", [script]), ("two", [*launch, script])):
+        done = subprocess.run([sys.executable, *command, str(tmp_path / name)], capture_output=True, text=True,
+                              check=False, env=env, timeout=300)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / n / "checkpoint.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, atol=1e-6, rtol=1e-4)
+    for a, b in zip(log(tmp_path / "one")[1:], log(tmp_path / "two")[1:], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["labels"] == b["labels"]
 
 
 # -- objectives against a slow, obvious reference: the prompt that the product splices, and the sum by hand -----------
