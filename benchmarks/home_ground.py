@@ -1,6 +1,7 @@
 """The embedded model on held-out documents of its home ground.
 
-    python benchmarks/home_ground.py [--documents 300] [--seed 1] [--out benchmarks/results/home_ground.json]
+    python benchmarks/home_ground.py [--documents 300] [--seed 1] [--compressor DIR] \
+        [--out benchmarks/results/home_ground.json]
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from pathlib import Path
 
 from common import print_table
 
-from ctxcomp_rag.backbone import load_frozen
+from ctxcomp_rag.backbone import EMBEDDED_MODEL, load_frozen
 from ctxcomp_rag.compressors import load_compressor
 from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground
 from ctxcomp_rag.evaluation.provenance import write_result
-from ctxcomp_rag.evaluation.systems import PREROLLED, default_systems
+from ctxcomp_rag.evaluation.systems import PREROLLED, default_systems, possible_factors
 from ctxcomp_rag.pipeline import load_trained_compressor
 from ctxcomp_rag.retrieval import load_retrieval_encoder
 
@@ -25,20 +26,24 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", help="folder with decoder/ and icae/ [default: the embedded model]")
+    parser.add_argument("--compressor", help="folder of a compressor of the embedded model, or of the one in --model "
+                                             "[default: its icae]")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/home_ground.json"))
     args = parser.parse_args()
-    if args.model:
-        backbone = load_frozen(Path(args.model) / "decoder")
-        compressor = load_compressor(Path(args.model) / "icae", backbone)
+    backbone = load_frozen(Path(args.model) / "decoder" if args.model else EMBEDDED_MODEL)
+    if args.model or args.compressor:
+        compressor = load_compressor(args.compressor or Path(args.model) / "icae", backbone)
     else:
-        compressor = load_trained_compressor("icae", load_frozen())
+        compressor = load_trained_compressor("icae", backbone)
+    systems = default_systems(possible_factors(compressor))
+    systems += [PREROLLED] if any(s.factor == PREROLLED.factor and s.kind == "spans" for s in systems) else []
     report = evaluate_home_ground(compressor, load_retrieval_encoder(), documents=args.documents, seed=args.seed,
-                                  systems=[*default_systems(), PREROLLED])
+                                  systems=systems)
     result = asdict(report)
     rows = [{"system": name, "em": report.exact_match[name], "em_retrieved": report.exact_match_retrieved.get(name),
              "false_answers": report.false_answers.get(name)} for name in report.exact_match]
     print_table(rows)
-    print(f"reconstruction BLEU at 4x: {report.reconstruction_bleu}")
+    print(f"reconstruction BLEU at {possible_factors(compressor)[0]:g}x: {report.reconstruction_bleu}")
     print(f"written to {args.out}")
     write_result(args.out, {"seed": args.seed, **result, "rows": rows})
 

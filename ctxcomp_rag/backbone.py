@@ -62,6 +62,11 @@ class Backbone:
         return self._tokenizer
 
     @property
+    def has_tokenizer(self) -> bool:
+        """False for a decoder that is fed with ids only."""
+        return self._tokenizer is not None
+
+    @property
     def hidden_size(self) -> int:
         return int(self.config.hidden_size)
 

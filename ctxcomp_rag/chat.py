@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NoReturn, Self
 
 from ctxcomp_rag.backbone import Backbone, load_frozen
+from ctxcomp_rag.compressors import Compressor, decoder_of, load_reader
 from ctxcomp_rag.decoding import (
     FrozenDecoder,
     GenerationSettings,
@@ -79,28 +80,39 @@ class SpanChat:
     Args:
         backbone: the frozen decoder.
         index: where the spans are.
+        compressor: converts latent spans (see `load_reader`); others are read without.
         references: made for this index; by default a registry of this process.
         on_invalid: what happens to a reference that is refused: kept as text, or raised.
         max_batch: requests that decode together.
     """
 
-    def __init__(self, backbone: Backbone, index: MemoryIndex, *, references: SpanReferences | None = None,
-                 on_invalid: OnInvalid = "text", max_batch: int = 8) -> None:
-        index.spec.require_decoder(backbone.fingerprint)
+    def __init__(self, backbone: Backbone, index: MemoryIndex, *, compressor: Compressor | None = None,
+                 references: SpanReferences | None = None, on_invalid: OnInvalid = "text",
+                 max_batch: int = 8) -> None:
+        self.spec = compressor.reading(index.spec) if compressor else index.spec
+        self.spec.require_decoder(backbone.fingerprint)
         if on_invalid not in ("text", "raise"):
             raise InputError(f"expected on_invalid='text' or 'raise', got {on_invalid!r}")
-        self.backbone, self.index, self.on_invalid = backbone, index, on_invalid
+        self.backbone, self.index, self.compressor, self.on_invalid = backbone, index, compressor, on_invalid
         self.references = SpanReferences(uuid.uuid4().hex) if references is None else references
         self.scheduler = RequestScheduler(FrozenDecoder(backbone), max_batch=max_batch)
 
     @classmethod
-    def open(cls, path: str | Path, *, model: str | Path | None = None, references: SpanReferences | None = None,
-             on_invalid: OnInvalid = "text", max_batch: int = 8) -> Self:
-        """Open an index for reading, with the decoder it names unless `model` says where that is."""
+    def open(cls, path: str | Path, *, model: str | Path | None = None, compressor: str | Path | None = None,
+             references: SpanReferences | None = None, on_invalid: OnInvalid = "text", max_batch: int = 8) -> Self:
+        """Open an index for reading.
+
+        Args:
+            model: where the decoder is [default: the one that the index names, or for latent spans the compressor].
+            compressor: folder of the saved compressor that converts latent spans; others are read without.
+        """
         index = MemoryIndex.open(path, read_only=True)
-        backbone = load_frozen(model if model is not None else index.spec.decoder.model_id,
-                               revision=index.spec.decoder.revision or None, dtype=index.spec.decoder.dtype)
-        return cls(backbone, index, references=references, on_invalid=on_invalid, max_batch=max_batch)
+        decoder = index.spec.require_reader() if compressor is None else index.spec.reader or decoder_of(compressor)
+        backbone = load_frozen(model if model is not None else decoder.model_id, revision=decoder.revision or None,
+                               dtype=decoder.dtype)
+        reader = load_reader(compressor, backbone) if compressor is not None else None
+        return cls(backbone, index, compressor=reader, references=references, on_invalid=on_invalid,
+                   max_batch=max_batch)
 
     def prompt(self, turns: Sequence[ChatTurn], scope: str) -> ChatPrompt:
         """Resolve the references and lay the messages out with the model's chat template.
@@ -178,14 +190,15 @@ class _Resolver:
             self.rejected[error.reason] += 1
             return self.read(str(content.reference) if content.text is None else content.text)
         self.chunk_ids.append(chunk_id)
-        return enclosed(span, self.chat.index.spec)
+        return enclosed(span, self.chat.spec)
 
     def _span(self, chunk_id: str) -> MemorySpan:
         try:
-            return self.chat.index.get([chunk_id])[0].span
+            found = self.chat.index.get([chunk_id])[0]
         except InputError:  # asked for and not looked up before: it may be deleted at any moment
             raise self.chat.references.refused("deleted", "the chunk behind a reference was deleted from the index"
                                                ) from None
+        return self.chat.compressor.read(found.span, found.chunk) if self.chat.compressor else found.span
 
 
 class Stripper:

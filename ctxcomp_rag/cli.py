@@ -54,6 +54,8 @@ def precompress(
     factor: Annotated[float | None, typer.Option(help="Source tokens per slot (default: the compressor's).")] = None,
     budget: Annotated[str | None, typer.Option(help="Size of a chunk's span, for methods that need no training: "
                                                "256slots, 64KiB or 4x.")] = None,
+    latent: Annotated[bool, typer.Option("--latent", help="A new index holds the memory of the compressor's encoder, "
+                                         "which every decoder with a converter for it reads.")] = False,
     model: Model = "embedded",
     chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk (default: the compressor's).")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,
@@ -78,14 +80,14 @@ def precompress(
                                     metadata_columns=metadata_column or (), on_error=on_error.value,
                                     on_skip=lambda name, error: failures.update({name: str(error)})))
     if dry_run:
-        result = _estimate(documents, model, compressor, factor, budget, chunk_tokens, overlap_tokens, on_error.value,
-                           failures)
+        result = _estimate(documents, model, compressor, factor, budget, latent, chunk_tokens, overlap_tokens,
+                           on_error.value, failures)
     else:
         from ctxcomp_rag.pipeline import CompressedRAG
 
         quiet()
-        with CompressedRAG.create(out, model=model, compressor=compressor, codec=codec,
-                                  budget=budget) as rag, \
+        with CompressedRAG.create(out, model=model, compressor=compressor, codec=codec, budget=budget,
+                                  latent=latent) as rag, \
                 tqdm(total=len(documents), unit="doc", desc="precompress", file=sys.stderr, disable=None) as bar:
             tokens = 0
 
@@ -117,7 +119,8 @@ def precompress(
 
 
 def _estimate(documents: list[Any], model: str, compressor: str, factor: float | None, budget: str | None,
-              chunk_tokens: int | None, overlap: int, on_error: str, failures: dict[str, str]) -> dict[str, Any]:
+              latent: bool, chunk_tokens: int | None, overlap: int, on_error: str,
+              failures: dict[str, str]) -> dict[str, Any]:
     from ctxcomp_rag.backbone import load_frozen
     from ctxcomp_rag.chunking import split_document
     from ctxcomp_rag.pipeline import chunk_limit, load_trained_compressor
@@ -125,6 +128,7 @@ def _estimate(documents: list[Any], model: str, compressor: str, factor: float |
     quiet()
     backbone = load_frozen(model)
     maker = load_trained_compressor(compressor, backbone, budget)
+    maker = maker.latent if latent else maker
     limit = chunk_limit(maker, chunk_tokens)
     chunks = []
     done = 0
@@ -149,7 +153,10 @@ def ask(
     mode: Annotated[AnswerMode, typer.Option(help="Read the chunks' spans, their text, the text truncated to the "
                                              "positions of the spans, or nothing.")] = AnswerMode.spans,
     top_k: Annotated[int, typer.Option(help="Chunks to retrieve.")] = 3,
-    model: Annotated[str | None, typer.Option(help="Where the decoder is (default: the one the index names).")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the decoder is (default: the one the index names, or for "
+                                              "latent spans the compressor).")] = None,
+    compressor: Annotated[Path | None, typer.Option(help="Folder of the saved compressor that converts latent spans "
+                                                    "for the decoder; its encoder is not loaded.")] = None,
     cache_budget: Annotated[int | None, typer.Option(help="Most cache entries for prompt and answer; beyond it the "
                                                      "decoder keeps what matters to the question.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
@@ -164,7 +171,7 @@ def ask(
 
     quiet()
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    with CompressedRAG.open(index, model=model, cache_budget=cache_budget) as rag:
+    with CompressedRAG.open(index, model=model, compressor=compressor, cache_budget=cache_budget) as rag:
         began = time.perf_counter()
         answer = rag.answer(question, mode=mode.value, top_k=top_k, settings=settings)
         seconds = time.perf_counter() - began
@@ -235,10 +242,12 @@ class OfficialMethod(StrEnum):
 @app.command("import")
 def import_(
     method: Annotated[OfficialMethod, typer.Argument(help="Whose checkpoint it is.")],
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="icae: the .safetensors (v2) or .pt (v1) file. "
-                                           "pcc: the Lite or Large folder.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="icae: the .safetensors (v2) or .pt (v1) file. "
+                                          "pcc: the Lite or Large folder. Here, or on the Hugging Face hub: "
+                                          "OWNER/NAME/FILE (icae), OWNER/NAME (pcc).")],
     out: Annotated[Path, typer.Option(help="Folder of the compressor, for `precompress --compressor`.")],
     model: Model = "embedded",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a SOURCE on the hub.")] = None,
     segment_tokens: Annotated[int | None, typer.Option(help="Longest segment; not in the file [default: icae v1 512, "
                                                        "v2 4 for each slot, pcc 256].")] = None,
     factor: Annotated[int, typer.Option(min=1, help="pcc: source tokens per slot; not in the files.")] = 4,
@@ -250,12 +259,12 @@ def import_(
 ) -> None:
     """Turn an official checkpoint into a compressor folder."""
     from ctxcomp_rag.backbone import load_frozen
-    from ctxcomp_rag.importers import import_official
+    from ctxcomp_rag.importers import from_official
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{str(out)!r} exists and is not an empty folder; choose another --out")
-    compressor = import_official(method.value, source, load_frozen(model), segment_tokens=segment_tokens,
-                                 factor=factor, patch=patch, encoder_base=encoder_base)
+    compressor = from_official(method.value, source, load_frozen(model), revision=revision,
+                               segment_tokens=segment_tokens, factor=factor, patch=patch, encoder_base=encoder_base)
     compressor.save_pretrained(out)
     result = {"method": method.value, "out": str(out), "compressor": compressor.spec.compressor,
               "segment_tokens": compressor.max_chunk_tokens, "compression_factor": compressor.compression_factor}

@@ -10,7 +10,15 @@ from typing import Any, Literal, Self
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, load_frozen
 from ctxcomp_rag.chunking import Chunk, Document, split_document
-from ctxcomp_rag.compressors import COMPRESSORS, Budget, Compressor, compressor_class, decoder_of, load_compressor
+from ctxcomp_rag.compressors import (
+    COMPRESSORS,
+    Budget,
+    Compressor,
+    compressor_class,
+    decoder_of,
+    load_compressor,
+    load_reader,
+)
 from ctxcomp_rag.decoding import (
     Blended,
     FrozenDecoder,
@@ -22,13 +30,14 @@ from ctxcomp_rag.decoding import (
     Text,
     TokenIds,
     enclosed,
+    question_prompt,
     reconstruction_prompt,
     render_chat,
 )
 from ctxcomp_rag.errors import CtxcompError, InputError
 from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
 from ctxcomp_rag.retrieval import DEFAULT_ENCODER, RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
-from ctxcomp_rag.spans import KVSpan, MemorySpan
+from ctxcomp_rag.spans import KVSpan, MemorySpan, SpanSpec
 
 Mode = Literal["spans", "text", "truncated", "none"]
 MODES: tuple[Mode, ...] = ("spans", "text", "truncated", "none")
@@ -91,6 +100,8 @@ class CompressedRAG:
         self.backbone, self.memory, self.encoder = backbone, index, encoder
         self.compressor = compressor.writer(index.spec) if compressor else None
         self.decoder = FrozenDecoder(backbone, cache_budget=cache_budget)
+        ends = self.spec.end_ids
+        self._span_decoder = FrozenDecoder(backbone, cache_budget=cache_budget, end_ids=ends) if ends else self.decoder
         self.prerolled = PrerolledSpans(backbone, self.spec, prerolled_bytes) if prerolled_bytes else None
 
     @classmethod
@@ -134,14 +145,15 @@ class CompressedRAG:
 
         Args:
             model: where the decoder is [default: the one that the index names, or for latent spans the compressor].
-            compressor: folder of the saved compressor that converts latent spans; others are read without.
+            compressor: folder of the saved compressor that converts latent spans; others are read without. Only what
+                reading takes is loaded: its encoder is not.
         """
         index = MemoryIndex.open(path, read_only=True)
         decoder = index.spec.require_reader() if compressor is None else index.spec.reader or decoder_of(compressor)
         backbone = load_frozen(model if model is not None else decoder.model_id, revision=decoder.revision or None,
                                dtype=decoder.dtype)
         return cls(backbone, index, load_retrieval_encoder(encoder or index.retrieval_encoder),
-                   load_trained_compressor(compressor, backbone) if compressor is not None else None,
+                   load_reader(compressor, backbone) if compressor is not None else None,
                    prerolled_bytes=prerolled_bytes, cache_budget=cache_budget)
 
     # -- offline -----------------------------------------------------------------------------------------------------
@@ -256,7 +268,11 @@ class CompressedRAG:
                 contents.append([source.chunk.text])
             elif mode == "truncated":
                 contents.append([truncated_part(self.backbone, source.chunk, self.read(source).num_slots)])
-        return prompt_parts(self.backbone, question, contents if mode != "none" else [])
+        return prompt_parts(self.backbone, question, contents, self.spec if mode == "spans" else None)
+
+    def _reader(self, mode: Mode) -> FrozenDecoder:
+        """Answers from spans end where the compressor's layout says, others where the model does."""
+        return self._span_decoder if mode == "spans" else self.decoder
 
     def read(self, source: RetrievedSpan) -> MemorySpan:
         """The span of a retrieved chunk as the decoder takes it: converted where the index holds latent spans."""
@@ -280,7 +296,8 @@ class CompressedRAG:
                 `Blended`); 0 leaves the spans independent.
         """
         sources = self._sources(question, mode, top_k, where)
-        made = self.decoder.generate(self.prompt(question, sources, mode, blend=blend), settings, question=question)
+        parts = self.prompt(question, sources, mode, blend=blend)
+        made = self._reader(mode).generate(parts, settings, question=question)
         return Answer(made.text.strip(), tuple(sources), made.usage, made.completion_tokens, made.finish_reason)
 
     def stream(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
@@ -289,14 +306,14 @@ class CompressedRAG:
         """Like `answer`, in pieces of text as they are generated; close the iterator to cancel."""
         sources = self._sources(question, mode, top_k, where)
         parts = self.prompt(question, sources, mode, blend=blend)
-        return without_leading_space(self.decoder.stream(parts, settings, question=question))
+        return without_leading_space(self._reader(mode).stream(parts, settings, question=question))
 
     def reconstruct(self, span: RetrievedSpan, *, max_new_tokens: int | None = None) -> str:
         """The text that the decoder reads out of a span, for a look at what compression kept."""
         read = self.read(span)
         limit = max_new_tokens or read.num_source_tokens + 16
         parts = reconstruction_prompt(read, self.spec)
-        return self.decoder.generate(parts, GenerationSettings(max_new_tokens=limit)).text
+        return self._span_decoder.generate(parts, GenerationSettings(max_new_tokens=limit)).text
 
     def _sources(self, question: str, mode: Mode, top_k: int, where: Mapping[str, Any] | None) -> list[RetrievedSpan]:
         if mode not in MODES:
@@ -322,8 +339,16 @@ def chunk_limit(compressor: Compressor, max_chunk_tokens: int | None) -> int:
     return max_chunk_tokens or longest
 
 
-def prompt_parts(backbone: Backbone, question: str, contents: Sequence[Sequence[Part]]) -> list[Part]:
-    """The one prompt layout: contents and question, in one user message of the model's chat template."""
+def prompt_parts(backbone: Backbone, question: str, contents: Sequence[Sequence[Part]],
+                 spec: SpanSpec | None = None) -> list[Part]:
+    """The one prompt layout: contents and question, in one user message of the model's chat template.
+
+    Args:
+        spec: of the spans among the contents; where it brings a layout of its own, that one.
+    """
+    own = question_prompt(question, contents, spec) if spec is not None else None
+    if own is not None:
+        return own
     body: list[Part] = []
     for content in contents:
         body += [*content, Text("\n\n")]

@@ -223,6 +223,36 @@ class DecoderFingerprint:
         return f"{self.model_id}{revision} ({self.dtype}, weights {self.weights_digest[:12]})"
 
 
+@dataclass(frozen=True)
+class PromptLayout:
+    """The ids that a compressor met around its texts and spans in training, where a chat template would not do.
+
+    Attributes:
+        context_ids: what the compressor reads before every text (BOS, in the official inference code).
+        left_ids: what the decoder reads before the first span of a question's prompt; None: the layout of the question
+            is that of the decoder's chat template.
+        question: the text after the spans; "{question}" stands for what is asked.
+        right_delimiter: name of the delimiter between question and answer, "" for none.
+        right_ids: ids between question and answer.
+        reconstruct_ids: what the decoder reads before a span that it is to repeat.
+        end_ids: what ends an answer; () for the decoder's own.
+    """
+
+    context_ids: tuple[int, ...] = ()
+    left_ids: tuple[int, ...] | None = None
+    question: str = "{question}"
+    right_delimiter: str = ""
+    right_ids: tuple[int, ...] = ()
+    reconstruct_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PromptLayout:
+        """Inverse of `dataclasses.asdict`, lists as JSON gives them included."""
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**plain)
+
+
 @dataclass(frozen=True, eq=False)
 class SpanSpec:
     """What a decoder must be to read the spans, and how they are laid out in its prompt.
@@ -236,6 +266,8 @@ class SpanSpec:
         delimiters: name -> (n, hidden_size) embeddings that the compressor brings along. "before" and "after"
             enclose every span; "reconstruct" asks the decoder to repeat the span's text ([AE] of ICAE);
             "continue" asks it to go on ([LM]).
+        layout: the prompt that the compressor was trained with; None for the decoder's chat template. No part of the
+            fingerprint: the compressor's digest covers it.
     """
 
     kind: SpanKind
@@ -243,6 +275,7 @@ class SpanSpec:
     compressor: str
     slot_positions: SlotPositions = "consecutive"
     delimiters: Mapping[str, Tensor] = field(default_factory=dict)
+    layout: PromptLayout | None = None
 
     def __post_init__(self) -> None:
         frozen = {name: rows.detach() for name, rows in sorted(self.delimiters.items())}
@@ -268,6 +301,7 @@ class SpanSpec:
             "compressor": self.compressor,
             "slot_positions": self.slot_positions,
             "delimiters": {name: list(rows.shape) for name, rows in self.delimiters.items()},
+            "layout": asdict(self.layout) if self.layout else None,
         }
 
     @classmethod
@@ -278,7 +312,12 @@ class SpanSpec:
         if shapes != stated:
             raise SpanShapeError(f"the manifest names the delimiters {stated}, the tensor file holds {shapes}")
         return cls(data["kind"], DecoderFingerprint(**data["decoder"]), data["compressor"], data["slot_positions"],
-                   delimiters)
+                   delimiters, PromptLayout.from_dict(data["layout"]) if data.get("layout") else None)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """What ends an answer that is read from the spans; () for what ends the decoder's answers anyway."""
+        return self.layout.end_ids if self.layout else ()
 
     @property
     def reader(self) -> DecoderFingerprint | None:
@@ -291,7 +330,7 @@ class SpanSpec:
             raise IncompatibleSpanError(
                 f"these spans are the memory of the encoder {self.decoder} (compressor {self.compressor}), which no "
                 f"decoder reads as it is; pass the compressor that converts it for your decoder, as in "
-                f"CompressedRAG.open(path, compressor=FOLDER)"
+                f"CompressedRAG.open(path, compressor=FOLDER) or ctxcomp ask --compressor FOLDER"
             )
         return self.reader
 

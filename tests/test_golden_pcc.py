@@ -241,3 +241,22 @@ def test_one_bracket_around_all_segments_is_seen(compressor: PCCCompressor, fold
     logits = compressor.backbone.model(inputs_embeds=rows[None]).logits[0, -1]
     expected = load_file(folder / "decoder_logits.safetensors")["rag.three_segments"][-1]
     assert difference(logits, expected) > 100 * LOGITS
+
+
+@torch.no_grad()
+def test_slots_in_the_official_precision_point_the_same_way(folder: Path, checkpoint: Path, inputs: dict[str, Any]
+                                                            ) -> None:
+    """Encoder and converter in bfloat16, as the official code runs them: a loose reference, compared by direction."""
+    backbone = load_frozen(folder / "decoder_merged", device="cpu") if folder.name == "pcc_large" else (
+        load_patched_decoder(folder / "decoder_base", folder / "special_token_patch.pt", device="cpu"))
+    compressor = load_official_pcc(checkpoint, backbone, segment_tokens=inputs["segment_length"],
+                                   slots_per_segment=inputs["embed_len"])
+    compressor.encoder_model.to(torch.bfloat16)
+    reference = load_file(folder / "slots_official_bf16_loose.safetensors")
+    assert reference.keys() == inputs["contexts"].keys()
+    for case, context in inputs["contexts"].items():
+        memory = compressor.memory([context])[0]
+        assert memory.dtype == torch.bfloat16
+        slots = compressor.convert(memory)
+        assert slots.shape == reference[case].shape
+        assert torch.cosine_similarity(slots.flatten(), reference[case].float().flatten(), dim=0) > 0.999, case

@@ -31,9 +31,14 @@ def load_compressor(path: str | Path, backbone: Backbone) -> Compressor:
     return compressor_class(read_config(Path(path))["method"]).from_pretrained(path, backbone)
 
 
+def load_reader(path: str | Path, backbone: Backbone) -> Compressor:
+    """Of a saved compressor of any kind, what reading stored spans takes: for PCC the converter, not the encoder."""
+    return compressor_class(read_config(Path(path))["method"]).reader_from_pretrained(path, backbone)
+
+
 def decoder_of(path: str | Path) -> DecoderFingerprint:
     """The decoder that a saved compressor was trained for."""
     return DecoderFingerprint(**read_config(Path(path))["decoder"])
 
 
-__all__ = ["COMPRESSORS", "Budget", "Compressor", "compressor_class", "decoder_of", "load_compressor"]
+__all__ = ["COMPRESSORS", "Budget", "Compressor", "compressor_class", "decoder_of", "load_compressor", "load_reader"]

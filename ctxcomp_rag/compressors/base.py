@@ -8,14 +8,14 @@ import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, embedded_path
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.errors import InputError, ModelLoadError
-from ctxcomp_rag.spans import DecoderFingerprint, MemorySpan, SpanSpec
+from ctxcomp_rag.errors import IncompatibleSpanError, InputError, ModelLoadError
+from ctxcomp_rag.spans import DecoderFingerprint, MemorySpan, PromptLayout, SpanSpec
 
 CONFIG_NAME = "ctxcomp_config.json"
 
@@ -124,6 +124,11 @@ class Compressor(ABC):
     def from_pretrained(cls, path: str | Path, backbone: Backbone) -> Self:
         """Load from a folder; raises IncompatibleSpanError if it was trained for another decoder."""
 
+    @classmethod
+    def reader_from_pretrained(cls, path: str | Path, backbone: Backbone) -> Compressor:
+        """What it takes of a saved compressor to `read` stored spans: all of it, unless its method needs less."""
+        return cls.from_pretrained(path, backbone)
+
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot of its spans, as `compress` makes them."""
@@ -159,6 +164,26 @@ def checked_factor(compression_factor: float) -> float:
     if not 1 <= compression_factor < math.inf:
         raise InputError(f"expected a compression factor of at least 1, got {compression_factor:g}")
     return compression_factor
+
+
+def deciding(config: Any) -> dict[str, Any]:
+    """Settings as JSON takes them; one that is None decides nothing, so it leaves no trace in a digest."""
+    return {key: value for key, value in asdict(config).items() if value is not None}
+
+
+def layout_of(settings: dict[str, Any]) -> PromptLayout | None:
+    """The prompt layout in saved settings, if there is one."""
+    return PromptLayout.from_dict(settings["layout"]) if settings.get("layout") else None
+
+
+def require_same_decoder(path: Path, trained_for: DecoderFingerprint, decoder: DecoderFingerprint) -> None:
+    """Raises IncompatibleSpanError unless the compressor saved in `path` was trained for this decoder."""
+    different = decoder_differences(trained_for, decoder)
+    if different:
+        raise IncompatibleSpanError(
+            f"the compressor in {str(path)!r} was trained for the decoder {trained_for}, but this decoder is "
+            f"{decoder}; they differ in {', '.join(different)}"
+        )
 
 
 def decoder_differences(saved_for: DecoderFingerprint, decoder: DecoderFingerprint) -> list[str]:

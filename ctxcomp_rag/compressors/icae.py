@@ -24,9 +24,17 @@ from torch import Tensor, nn
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, checked_factor, decoder_differences, read_config
-from ctxcomp_rag.errors import IncompatibleSpanError, InputError, ModelLoadError
-from ctxcomp_rag.spans import DecoderFingerprint, SlotPositions, SoftSpan, SpanSpec
+from ctxcomp_rag.compressors.base import (
+    CONFIG_NAME,
+    Compressor,
+    checked_factor,
+    deciding,
+    layout_of,
+    read_config,
+    require_same_decoder,
+)
+from ctxcomp_rag.errors import InputError, ModelLoadError
+from ctxcomp_rag.spans import DecoderFingerprint, PromptLayout, SlotPositions, SoftSpan, SpanSpec
 
 _SPECIAL_ROWS = ("reconstruct", "continue", "after")  # [AE], [LM], [FT]
 _MEMORY_FILE = "memory_tokens.safetensors"
@@ -56,6 +64,8 @@ class ICAEConfig:
         slot_positions: "consecutive" numbers the slots on after the text (official); "spread" puts each slot
             on the last token of the piece of text it stands for, in the encoder and in the decoder.
         delimiters: the special rows that the decoder's prompt may use, of "reconstruct", "continue", "after".
+        layout: the prompt it was trained with; None for the decoder's chat template. Its `context_ids` are read before
+            every text that `compress` is given (not before the ids of a training sample).
     """
 
     num_memory_tokens: int = 128
@@ -67,6 +77,12 @@ class ICAEConfig:
     lora_rank: int = 128
     lora_alpha: float = 32
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    layout: PromptLayout | None = None
+
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """Ids that `compress` reads before every text."""
+        return self.layout.context_ids if self.layout else ()
 
     def segment_lengths(self, num_tokens: int) -> list[int]:
         """Lengths of the equal segments that a text is cut into (the last may be shorter)."""
@@ -142,11 +158,11 @@ class ICAECompressor(Compressor, nn.Module):
         rows = self.memory_tokens[self.config.num_memory_tokens :].detach().to(self.backbone.dtype)
         delimiters = {n: rows[i : i + 1].clone() for i, n in enumerate(_SPECIAL_ROWS) if n in self.config.delimiters}
         return SpanSpec("soft", self.backbone.fingerprint, f"{self.name}-{self.digest()[:16]}",
-                        self.config.slot_positions, delimiters)
+                        self.config.slot_positions, delimiters, self.config.layout)
 
     @property
     def max_chunk_tokens(self) -> int:
-        return self.config.segment_tokens
+        return self.config.segment_tokens - len(self.config.context_ids)
 
     @property
     def compression_factor(self) -> float:
@@ -154,7 +170,7 @@ class ICAECompressor(Compressor, nn.Module):
 
     def digest(self) -> str:
         """sha256 over settings and trained weights."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(deciding(self.config), sort_keys=True).encode())
         for name, tensor in sorted(self._trained().items()):
             digest.update(name.encode() + tensor.detach().cpu().to(torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -170,11 +186,12 @@ class ICAECompressor(Compressor, nn.Module):
         for chunk, ids in zip(chunks, texts, strict=True):
             if not ids:
                 raise InputError(f"chunk {chunk.id} of document {chunk.document_id!r} has no text to compress")
+        before = self.config.context_ids
         with torch.inference_mode():
-            slots = self.encode(texts, compression_factor=compression_factor)
+            slots = self.encode([[*before, *ids] for ids in texts], compression_factor=compression_factor)
         spans = []
         for chunk, ids, rows in zip(chunks, texts, slots, strict=True):
-            places, length = self.span_positions(len(ids), compression_factor)
+            places, length = self.span_positions(len(before) + len(ids), compression_factor)
             spans.append(SoftSpan(chunk.id, len(ids), torch.tensor(places), length, rows.clone()))
         return spans
 
@@ -248,7 +265,7 @@ class ICAECompressor(Compressor, nn.Module):
         return checked_factor(compression_factor)
 
     def num_slots(self, num_tokens: int, compression_factor: float | None = None) -> int:
-        return len(self.span_positions(num_tokens, compression_factor)[0])
+        return len(self.span_positions(num_tokens + len(self.config.context_ids), compression_factor)[0])
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -275,16 +292,11 @@ class ICAECompressor(Compressor, nn.Module):
             settings.pop("method")
             for key in ("delimiters", "lora_targets"):
                 settings[key] = tuple(settings[key])
-            config = ICAEConfig(**settings)
+            config = ICAEConfig(**{**settings, "layout": layout_of(settings)})
         except (KeyError, TypeError) as error:
             raise ModelLoadError(f"the settings of the compressor in {str(folder)!r} are not those of {cls.name}: "
                                  f"{error}") from error
-        different = decoder_differences(trained_for, backbone.fingerprint)
-        if different:
-            raise IncompatibleSpanError(
-                f"the compressor in {str(folder)!r} was trained for the decoder {trained_for}, but this decoder is "
-                f"{backbone.fingerprint}; they differ in {', '.join(different)}"
-            )
+        require_same_decoder(folder, trained_for, backbone.fingerprint)
         if trained_for.dtype != backbone.fingerprint.dtype:
             warnings.warn(f"the compressor in {str(folder)!r} was trained for the decoder in {trained_for.dtype}, this "
                           f"one is loaded in {backbone.fingerprint.dtype}; whether the weights are the same cannot be "

@@ -25,70 +25,39 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ctxcomp_rag.backbone import Backbone, weights_digest
+from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, embedded_path, weights_digest
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor, decoder_differences, read_config
-from ctxcomp_rag.errors import IncompatibleSpanError, InputError, ModelLoadError
+from ctxcomp_rag.compressors.base import CONFIG_NAME, Compressor
+from ctxcomp_rag.compressors.converting import (
+    BRACKETS,
+    CONVERTER_FILE,
+    Converter,
+    Converting,
+    PCCConfig,
+    PCCReader,
+    load_converter,
+    read_settings,
+)
+from ctxcomp_rag.errors import InputError, ModelLoadError
 from ctxcomp_rag.spans import DecoderFingerprint, LatentSpan, MemorySpan, SoftSpan, SpanSpec
 from ctxcomp_rag.tokenization import TextTokenizer
-
-BRACKETS = ("before", "reconstruct", "after")
-"""Rows of the special table, in the official order: <mem>, <ae>, </mem>."""
 
 LARGE_TARGETS = ("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 NUM_MEMORY_TOKENS = 64
 """Memory tokens that the encoder's vocabulary gains; the first `slots_per_segment` of them are used."""
 
 _ENCODER_FOLDER = "encoder"
-_CONVERTER_FILE = "converter.safetensors"
 _BATCH_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class PCCConfig:
-    """Settings of a PCC compressor; the defaults are those of the official code.
-
-    Attributes:
-        segment_tokens: encoder tokens of a segment; the last one of a text may be shorter and has as many slots.
-        slots_per_segment: memory tokens read after each segment.
-        padding: what the shorter texts of one `encode` call are given. "masked" hides padding, so that a text gives
-            the same slots in every company; "attended" pads the texts to one length and lets the encoder read the
-            padding, as the official training does. `compress` gives no padding to read in either case.
-        encoder: where the encoder came from; with LoRA, where its base is loaded from.
-    """
-
-    segment_tokens: int = 256
-    slots_per_segment: int = 64
-    padding: Literal["masked", "attended"] = "masked"
-    encoder: str = ""
-
-    def segment_lengths(self, num_tokens: int) -> list[int]:
-        """Lengths of the segments that a text is cut into."""
-        return [min(self.segment_tokens, num_tokens - begin) for begin in range(0, num_tokens, self.segment_tokens)]
-
-
-class Converter(nn.Module):
-    """From the encoder's hidden states to rows of the decoder's embedding space."""
-
-    def __init__(self, encoder_size: int, decoder_size: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(encoder_size, eps=1e-6)
-        self.dense_in = nn.Linear(encoder_size, decoder_size)
-        self.dense_out = nn.Linear(decoder_size, decoder_size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        rows: Tensor = self.dense_out(nn.functional.gelu(self.dense_in(self.norm(hidden))))
-        return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +101,13 @@ def load_encoder(path: str | Path, *, adapter: str | Path | None = None, tokeniz
     """Load any encoder or decoder as an encoder for PCC; memory tokens are added where it has none.
 
     Args:
-        path: folder or hub id of the model.
+        path: folder or hub id of the model; "embedded" is the decoder that comes with the package.
         adapter: PEFT folder over it.
         tokenizer: folder of the tokenizer [default: the adapter's, else the model's].
         large: without an adapter, start a new one on all linear layers, the embeddings and the head.
     """
+    if str(path) == EMBEDDED_MODEL:
+        path = embedded_path()
     try:
         config = AutoConfig.from_pretrained(path, **hub)
         causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) & set(config.architectures or ())
@@ -162,7 +133,7 @@ def load_encoder(path: str | Path, *, adapter: str | Path | None = None, tokeniz
     return Encoder(model.eval(), TextTokenizer(hf), memory_ids, int(padding))
 
 
-class PCCCompressor(Compressor, nn.Module):
+class PCCCompressor(Converting, nn.Module):
     """An encoder and a converter for one frozen decoder.
 
     Args:
@@ -204,54 +175,17 @@ class PCCCompressor(Compressor, nn.Module):
         # hashing the weights takes seconds for a large encoder, so it is done once for each state of training
         state = tuple(p._version for p in self.parameters())
         if self._spec is None or self._spec[0] != state:
-            rows = self.special_rows.detach().to(self.backbone.dtype)
-            delimiters = {name: rows[i : i + 1].clone() for i, name in enumerate(BRACKETS)}
-            compressor = f"{self.name}-{self.digest()[:16]}"
-            self._spec = (state, SpanSpec("soft", self.backbone.fingerprint, compressor, "consecutive", delimiters))
+            self._spec = (state, self.soft_spec())
         return self._spec[1]
-
-    @property
-    def max_chunk_tokens(self) -> int:
-        return self.config.segment_tokens
-
-    @property
-    def compression_factor(self) -> float:
-        return self.config.segment_tokens / self.config.slots_per_segment
-
-    def num_slots(self, num_tokens: int, compression_factor: float | None = None) -> int:
-        """Slots of the span of a text of so many tokens: those of its segments, and the brackets between them.
-
-        Segments are cut by the encoder's tokenizer, so for a number of decoder tokens this is an estimate; see
-        `chunk_slots`. Raises InputError for any factor but the compressor's own.
-        """
-        self.check_factor(compression_factor)
-        count = len(self.config.segment_lengths(num_tokens))
-        return count * self.config.slots_per_segment + 2 * max(0, count - 1)
 
     def chunk_slots(self, chunk: Chunk, compression_factor: float | None = None) -> int:
         return self.num_slots(len(self.encoder.tokenizer.encode(chunk.text)), compression_factor)
-
-    def check_factor(self, compression_factor: float | None) -> None:
-        """Raises InputError for any factor but the compressor's own."""
-        if compression_factor not in (None, self.compression_factor):
-            raise InputError(f"this compressor makes {self.config.slots_per_segment} slots of every segment of "
-                             f"{self.config.segment_tokens} tokens ({self.compression_factor:g}x); it cannot make "
-                             f"{compression_factor:g}x")
-
-    def digest(self) -> str:
-        """sha256 over settings and weights."""
-        settings = {k: v for k, v in asdict(self.config).items() if k != "encoder"}  # a place, not a weight
-        digest = hashlib.sha256(json.dumps([settings, self.encoder.weights_digest, self.encoder.tokenizer.digest],
-                                           sort_keys=True).encode())
-        for name, tensor in sorted([*self.converter.state_dict().items(), ("special_rows", self.special_rows)]):
-            digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
     # -- compression -----------------------------------------------------------------------------------------------
 
     def compress(self, chunks: Sequence[Chunk], *, compression_factor: float | None = None) -> list[SoftSpan]:  # type: ignore[override]
         self.check_factor(compression_factor)
-        return [self._read(span, chunk) for span, chunk in zip(self.remember(chunks), chunks, strict=True)]
+        return [self.convert_span(span, chunk) for span, chunk in zip(self.remember(chunks), chunks, strict=True)]
 
     def remember(self, chunks: Sequence[Chunk]) -> list[LatentSpan]:
         """The encoder's memory of each chunk: what `read` converts, for this decoder or another."""
@@ -261,34 +195,27 @@ class PCCCompressor(Compressor, nn.Module):
                 raise InputError(f"chunk {chunk.id} of document {chunk.document_id!r} has no text to compress")
         with torch.inference_mode():
             # without padding to read, whatever the setting: a span must not depend on its neighbours
-            memory = self._hidden(texts)
+            memory = self._hidden([[*self.config.context_ids, *ids] for ids in texts])
         return [LatentSpan(chunk.id, len(ids), torch.arange(len(rows)), len(rows), rows.clone())
                 for chunk, ids, rows in zip(chunks, texts, memory, strict=True)]
 
-    def _read(self, span: LatentSpan, chunk: Chunk) -> SoftSpan:
-        with torch.inference_mode():
-            embeds = self.bracketed(self.convert(span.memory))
-        length, count = len(self.backbone.tokenizer.encode(chunk.text)), embeds.shape[0]
-        return SoftSpan(chunk.id, length, torch.arange(count), count, embeds.to(self.backbone.dtype, copy=True))
-
-    def read(self, span: MemorySpan, chunk: Chunk) -> MemorySpan:
-        """The span that `compress` would make of the chunk, from the encoder's memory of it."""
-        return self._read(span, chunk) if isinstance(span, LatentSpan) else span
-
-    def reading(self, stored: SpanSpec) -> SpanSpec:
-        return super().reading(stored) if stored.reader else self.latent.reading(stored)
+    @property
+    def memory_spec(self) -> SpanSpec:
+        encoder, config = self.encoder, self.config
+        made_by = DecoderFingerprint(
+            model_id=config.encoder, revision="", weights_digest=encoder.weights_digest,
+            tokenizer_digest=encoder.tokenizer.digest, hidden_size=encoder.hidden_size, num_layers=0, num_kv_heads=0,
+            head_dim=0, rope="", dtype=str(encoder.body.dtype).removeprefix("torch."),
+        )
+        # padding is no part: `compress` gives the encoder none to read
+        deciding = [config.segment_tokens, config.slots_per_segment, made_by.weights_digest, made_by.tokenizer_digest,
+                    *config.context_ids]
+        digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
+        return SpanSpec("latent", made_by, f"{self.name}-encoder-{digest[:16]}")
 
     @property
     def latent(self) -> PCCLatent:
         return PCCLatent(self)
-
-    def bracketed(self, slots: Tensor) -> Tensor:
-        """Rows of a span: slots (segments * slots per segment, hidden_size) with the inner brackets between them."""
-        opening, _, closing = self.special_rows.to(slots.dtype)
-        rows: list[Tensor] = []
-        for segment in torch.split(slots, self.config.slots_per_segment):
-            rows += [closing[None], opening[None], segment] if rows else [segment]
-        return torch.cat(rows)
 
     def encode(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Slots (num_slots, hidden_size), without brackets, of each text of encoder ids; differentiable."""
@@ -300,11 +227,6 @@ class PCCCompressor(Compressor, nn.Module):
             width = max(map(len, texts), default=0)
             texts = [[*ids, *[self.encoder.padding_id] * (width - len(ids))] for ids in texts]
         return self._hidden(texts)
-
-    def convert(self, memory: Tensor) -> Tensor:
-        """Slots of this decoder from hidden states of the encoder."""
-        slots: Tensor = self.converter(memory.to(self.special_rows.device, torch.float32))
-        return slots
 
     def _hidden(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
         segments: list[tuple[int, list[int]]] = []
@@ -349,34 +271,25 @@ class PCCCompressor(Compressor, nn.Module):
         model.save_pretrained(str(folder / _ENCODER_FOLDER))
         self.encoder.tokenizer.hf.save_pretrained(folder / _ENCODER_FOLDER)
         tensors = {**self.converter.state_dict(), "special_rows": self.special_rows}
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / _CONVERTER_FILE)
-        settings = {"method": self.name, **asdict(self.config), "decoder": asdict(self.backbone.fingerprint)}
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / CONVERTER_FILE)
+        settings = {"method": self.name, **asdict(self.config), "decoder": asdict(self.backbone.fingerprint),
+                    "memory": self.memory_spec.to_dict()}
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, path: str | Path, backbone: Backbone) -> Self:
         folder = Path(path)
-        settings = read_config(folder)
-        trained_for = DecoderFingerprint(**settings.pop("decoder"))
-        settings.pop("method")
-        different = decoder_differences(trained_for, backbone.fingerprint)
-        if different:
-            raise IncompatibleSpanError(
-                f"the compressor in {str(folder)!r} was trained for the decoder {trained_for}, but this decoder is "
-                f"{backbone.fingerprint}; they differ in {', '.join(different)}"
-            )
-        config = PCCConfig(**settings)
+        config, _ = read_settings(folder, backbone)
         saved = folder / _ENCODER_FOLDER
         adapted = (saved / "adapter_config.json").exists()
         encoder = load_encoder(config.encoder if adapted else saved, adapter=saved if adapted else None)
-        converter = Converter(encoder.hidden_size, backbone.hidden_size)
-        try:
-            tensors = load_file(folder / _CONVERTER_FILE)
-            special_rows = tensors.pop("special_rows")
-            converter.load_state_dict(tensors)
-        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ModelLoadError(f"the compressor in {str(folder)!r} cannot be loaded: {error}") from error
+        converter, special_rows = load_converter(folder, encoder.hidden_size, backbone.hidden_size)
         return cls(backbone, encoder, config, converter=converter, special_rows=special_rows)
+
+    @classmethod
+    def reader_from_pretrained(cls, path: str | Path, backbone: Backbone) -> PCCReader:
+        """Converter and special rows only: the encoder is not loaded."""
+        return PCCReader.from_pretrained(path, backbone)
 
 
 class PCCLatent(Compressor):
@@ -392,16 +305,7 @@ class PCCLatent(Compressor):
 
     @property
     def spec(self) -> SpanSpec:
-        encoder, config = self.pcc.encoder, self.pcc.config
-        made_by = DecoderFingerprint(
-            model_id=config.encoder, revision="", weights_digest=encoder.weights_digest,
-            tokenizer_digest=encoder.tokenizer.digest, hidden_size=encoder.hidden_size, num_layers=0, num_kv_heads=0,
-            head_dim=0, rope="", dtype=str(encoder.body.dtype).removeprefix("torch."),
-        )
-        # padding is no part: `compress` gives the encoder none to read
-        deciding = [config.segment_tokens, config.slots_per_segment, made_by.weights_digest, made_by.tokenizer_digest]
-        digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
-        return SpanSpec("latent", made_by, f"{self.name}-encoder-{digest[:16]}")
+        return self.pcc.memory_spec
 
     @property
     def max_chunk_tokens(self) -> int:
@@ -418,7 +322,12 @@ class PCCLatent(Compressor):
     def num_slots(self, num_tokens: int, compression_factor: float | None = None) -> int:
         """Slots of the segments of a text of so many tokens, without brackets; see `PCCCompressor.num_slots`."""
         self.pcc.check_factor(compression_factor)
-        return len(self.pcc.config.segment_lengths(num_tokens)) * self.pcc.config.slots_per_segment
+        config = self.pcc.config
+        return len(config.segment_lengths(num_tokens + len(config.context_ids))) * config.slots_per_segment
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.pcc.encoder.hidden_size * int(self.pcc.encoder.body.dtype.itemsize)
 
     def chunk_slots(self, chunk: Chunk, compression_factor: float | None = None) -> int:
         return self.num_slots(len(self.pcc.encoder.tokenizer.encode(chunk.text)), compression_factor)
@@ -428,17 +337,7 @@ class PCCLatent(Compressor):
         return self
 
     def reading(self, stored: SpanSpec) -> SpanSpec:
-        if stored.reader:
-            return self.pcc.reading(stored)
-        mine = self.spec
-        if stored.fingerprint != mine.fingerprint:
-            different = ", ".join(stored.decoder.differences(mine.decoder)) or "segment_tokens or slots_per_segment"
-            raise IncompatibleSpanError(
-                f"these spans are the memory of the encoder {stored.decoder} ({stored.compressor}), but this "
-                f"compressor converts that of {mine.decoder} ({mine.compressor}); they differ in {different}. Use a "
-                f"compressor with the encoder that made the spans, or precompress the documents again"
-            )
-        return self.pcc.spec
+        return self.pcc.reading(stored)
 
     def read(self, span: MemorySpan, chunk: Chunk) -> MemorySpan:
         return self.pcc.read(span, chunk)
@@ -450,3 +349,7 @@ class PCCLatent(Compressor):
     @classmethod
     def from_pretrained(cls, path: str | Path, backbone: Backbone) -> Self:
         return cls(PCCCompressor.from_pretrained(path, backbone))
+
+
+__all__ = ["LARGE_TARGETS", "NUM_MEMORY_TOKENS", "Converter", "Encoder", "PCCCompressor", "PCCConfig", "PCCLatent",
+           "load_encoder"]

@@ -11,6 +11,7 @@ from ctxcomp_rag.decoding.prompt import (
     Text,
     TokenIds,
     enclosed,
+    question_prompt,
     reconstruction_prompt,
     render_chat,
 )
@@ -19,5 +20,5 @@ from ctxcomp_rag.decoding.splice import PromptUsage, SplicedPrompt, splice
 
 __all__ = ["Blended", "Delimiter", "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part",
            "PrerolledSpans", "PromptUsage", "RequestScheduler", "SplicedPrompt", "Text", "Ticket", "TokenIds",
-           "enclosed", "preroll",
-           "reconstruction_prompt", "render_chat", "splice"]
+           "enclosed", "preroll", "question_prompt", "reconstruction_prompt",
+           "render_chat", "splice"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -30,14 +30,15 @@ class FrozenDecoder:
             catalyst prompt's counted, what matters is kept and moved to the front, while the prompt is read as while
             the answer is written. Prompts that fit, answer included, are read exactly as without a budget. Only for
             decoders that keep all keys and rotate them (RoPE).
+        end_ids: what ends an answer [default: what the model's generation settings name].
 
     Raises:
         UnsupportedModelError, InputError: the budget cannot be kept with this decoder (see `CacheBudget`).
     """
 
-    def __init__(self, backbone: Backbone, *, cache_budget: int | None = None) -> None:
+    def __init__(self, backbone: Backbone, *, cache_budget: int | None = None, end_ids: Collection[int] = ()) -> None:
         self.backbone, self.cache_budget = backbone, cache_budget
-        self.end_ids = _end_ids(backbone)
+        self.end_ids = frozenset(end_ids) or _end_ids(backbone)
         self._budget = CacheBudget(backbone, cache_budget) if cache_budget is not None else None
 
     def splice(self, parts: Sequence[Part]) -> SplicedPrompt:

@@ -100,7 +100,8 @@ def reconstruction_prompt(span: MemorySpan, spec: SpanSpec) -> list[Part]:
 
     A specification with "before" and "after" has brackets, and they stay around the span: `<mem> slots </mem> <ae>`,
     the AE layout of PCC. An "after" without a "before" is no bracket but the hand-over to a question ([FT] of ICAE),
-    which a reconstruction does not have: `slots [AE]`, the layout of ICAE v2.
+    which a reconstruction does not have: `slots [AE]`, the layout of ICAE v2. What a layout of the specification's own
+    puts in front comes first (BOS for the official PCC).
 
     Raises:
         InputError: the specification has no "reconstruct" delimiter.
@@ -110,7 +111,29 @@ def reconstruction_prompt(span: MemorySpan, spec: SpanSpec) -> list[Part]:
         raise InputError(f"the compressor {spec.compressor} brings no 'reconstruct' delimiter, so its spans cannot be "
                          "asked for their text")
     bracketed = spec.delimiters.keys() >= {"before", "after"}
-    return [*(enclosed(span, spec) if bracketed else [span]), Delimiter(rows)]
+    before = _ids(spec.layout.reconstruct_ids if spec.layout else ())
+    return [*before, *(enclosed(span, spec) if bracketed else [span]), Delimiter(rows)]
+
+
+def question_prompt(question: str | TokenIds, contents: Sequence[Sequence[Part]],
+                    spec: SpanSpec) -> list[Part] | None:
+    """The prompt in the specification's own layout; None where it leaves the question to the chat template.
+
+    Args:
+        question: token ids enter as the whole text after the spans.
+        contents: the parts of each span, delimiters included (see `enclosed`).
+    """
+    layout = spec.layout
+    if layout is None or layout.left_ids is None:
+        return None
+    asked = question if isinstance(question, TokenIds) else layout.question.replace("{question}", question)
+    after = [Delimiter(spec.delimiters[layout.right_delimiter])] if layout.right_delimiter else []
+    return [*_ids(layout.left_ids), *(part for content in contents for part in content), asked, *after,
+            *_ids(layout.right_ids)]
+
+
+def _ids(ids: tuple[int, ...]) -> list[Part]:
+    return [TokenIds(ids)] if ids else []
 
 
 def render_chat(tokenizer: TextTokenizer, messages: Sequence[Message], *,
@@ -160,4 +183,4 @@ def text_ids(part: str | Text | TokenIds, tokenizer: TextTokenizer) -> list[int]
 
 
 __all__ = ["Blended", "Delimiter", "KVSpan", "Message", "Part", "SoftSpan", "Text", "TokenIds", "enclosed",
-           "reconstruction_prompt", "render_chat", "text_ids"]
+           "question_prompt", "reconstruction_prompt", "render_chat", "text_ids"]

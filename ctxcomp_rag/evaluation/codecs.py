@@ -87,7 +87,7 @@ def smallest_within(costs: Sequence[CodecCost], max_kl: float) -> CodecCost:
 
 
 def _prompt(backbone: Backbone, question: str, span: MemorySpan, spec: SpanSpec) -> list[Part]:
-    return prompt_parts(backbone, question, [enclosed(span, spec)])
+    return prompt_parts(backbone, question, [enclosed(span, spec)], spec)
 
 
 def _answer_logits(decoder: FrozenDecoder, prompt: list[Part], answer: tuple[int, ...]) -> Tensor:

@@ -13,7 +13,7 @@ from ctxcomp_rag.compressors import Compressor
 from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, reconstruction_prompt
 from ctxcomp_rag.evaluation.fictional import NOT_STATED, FictionalDocument, generate_corpus
 from ctxcomp_rag.evaluation.metrics import bleu, exact_match, mean
-from ctxcomp_rag.evaluation.systems import Comparison, Question, System, default_systems
+from ctxcomp_rag.evaluation.systems import Comparison, Question, System, default_systems, possible_factors
 from ctxcomp_rag.retrieval import RetrievalEncoder, embed_texts
 
 
@@ -55,9 +55,12 @@ def evaluate_home_ground(compressor: Compressor, encoder: RetrievalEncoder, *, d
     """One answerable and one unanswerable question for each of `documents` held-out documents.
 
     Args:
+        systems: compared ones [default: `default_systems` at the factors of 4, 8 and 16 that the compressor can make];
+            the texts that are read out of spans for BLEU are at the smallest of these factors.
         progress: called with (system, questions answered).
     """
-    systems = list(systems or default_systems())
+    factors = possible_factors(compressor)
+    systems = list(systems or default_systems(factors))
     corpus = generate_corpus(documents, seed, "held_out")
     chunks = split_corpus(corpus, compressor)
     rng = random.Random(seed)
@@ -88,7 +91,7 @@ def evaluate_home_ground(compressor: Compressor, encoder: RetrievalEncoder, *, d
         exact_match_retrieved=score(several, [s for s in systems if s.kind != "none"]),
         false_answers=stated,
         retrieval_recall=round(100 * mean([float(c in q.chunks) for c, q in zip(right, several, strict=True)]), 1),
-        reconstruction_bleu=reconstruction_bleu(comparison, chunks, 4.0) if with_bleu else None,
+        reconstruction_bleu=reconstruction_bleu(comparison, chunks, factors[0]) if with_bleu else None,
         questions=len(single), documents=len(corpus), top_k=top_k,
     )
 

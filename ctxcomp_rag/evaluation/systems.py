@@ -34,9 +34,10 @@ class System:
 
 
 def default_systems(factors: Sequence[float] = (4, 8, 16)) -> list[System]:
-    """Full text, spans at each factor, text truncated to the positions of 4x, no context."""
+    """Full text, spans at each factor, text truncated to the positions of the first of them, no context."""
     spans = [System(f"{f:g}x", "spans", f) for f in factors]
-    return [System("full_text", "text"), *spans, System("truncated_4x", "truncated", 4.0), System("no_context", "none")]
+    truncated = System(f"truncated_{factors[0]:g}x", "truncated", factors[0])
+    return [System("full_text", "text"), *spans, truncated, System("no_context", "none")]
 
 
 def possible_factors(compressor: Compressor, wanted: Sequence[float] = (4, 8, 16)) -> list[float]:
@@ -86,7 +87,8 @@ class Comparison:
         elif system.kind == "truncated":
             slots = [s.num_slots for s in self.spans(chunks, system.factor)]
             contents = [[truncated_part(self.decoder.backbone, c, n)] for c, n in zip(chunks, slots, strict=True)]
-        return prompt_parts(self.decoder.backbone, question.text, contents)
+        of_spans = self.compressor.spec if system.kind in ("spans", "prerolled") else None
+        return prompt_parts(self.decoder.backbone, question.text, contents, of_spans)
 
     def ask(self, system: System, questions: Sequence[Question],
             progress: Callable[[int], None] | None = None) -> list[Generation]:

@@ -5,8 +5,8 @@
     memory_token_embed.weight                                                     (memory tokens + 3, hidden)   F32
 
 and v1, a `.pt` with the same keys (float32) among all keys of the model; what was not trained is a 0-dim 0.0.
-v1 reads one segment, lays prompts out as [slots][FT] prompt [FT] answer without BOS, and ends answers with id 1. Its
-head had untrained rows for the special tokens, which took part in its training loss; our decoder has no such rows.
+v1 reads one segment. Its head had untrained rows for the special tokens, which took part in its training loss; our
+decoder has no such rows. Prompts and tokenisation of both: see `layouts`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.compressors.icae import ICAECompressor, ICAEConfig
 from ctxcomp_rag.errors import InputError, ModelLoadError
 from ctxcomp_rag.importers.containers import read_tensors
+from ctxcomp_rag.importers.layouts import icae_v1_layout, icae_v2_layout
+from ctxcomp_rag.spans import PromptLayout
 
 OFFICIAL_ALPHA = 32.0
 """LoRA alpha of the official code; the checkpoint does not carry it."""
-
-OFFICIAL_V1_END_ID = 1
-"""What ends an answer of v1; a stop at any id beyond the decoder's vocabulary is the same here, as it has none."""
 
 _MEMORY_KEY = "memory_token_embed.weight"
 _PREFIX = "icae."
@@ -51,8 +50,8 @@ def load_official_v2(path: str | Path, backbone: Backbone, *, mean_compression_r
     Raises:
         ModelLoadError: not such a file, or made for a decoder of another shape; the message names the keys.
     """
-    return _compressor(path, _read(Path(path)), backbone, "v2", mean_compression_rate=mean_compression_rate,
-                       segment_tokens=segment_tokens)
+    return _compressor(path, _read(Path(path)), backbone, "v2", icae_v2_layout(backbone),
+                       mean_compression_rate=mean_compression_rate, segment_tokens=segment_tokens)
 
 
 def load_official_v1(path: str | Path, backbone: Backbone, *, segment_tokens: int = 512) -> ICAECompressor:
@@ -73,7 +72,7 @@ def load_official_v1(path: str | Path, backbone: Backbone, *, segment_tokens: in
     tensors = {key: tensor for key, tensor in content.items() if tensor.ndim}
     _refuse(path, "has other tensors than float32 as",
             [f"{k} ({t.dtype})" for k, t in tensors.items() if t.dtype != torch.float32])
-    return _compressor(path, tensors, backbone, "v1", segment_tokens=segment_tokens)
+    return _compressor(path, tensors, backbone, "v1", icae_v1_layout(backbone), segment_tokens=segment_tokens)
 
 
 def save_official_v1(compressor: ICAECompressor, path: str | Path) -> None:
@@ -91,8 +90,8 @@ def _placeholder_keys(backbone: Backbone) -> set[str]:
     return {f"{_PREFIX}base_model.model.{name}" for name in names}
 
 
-def _compressor(path: str | Path, tensors: dict[str, Tensor], backbone: Backbone, version: str, *,
-                mean_compression_rate: int = 4, segment_tokens: int | None = None) -> ICAECompressor:
+def _compressor(path: str | Path, tensors: dict[str, Tensor], backbone: Backbone, version: str, layout: PromptLayout,
+                *, mean_compression_rate: int = 4, segment_tokens: int | None = None) -> ICAECompressor:
     memory = tensors.get(_MEMORY_KEY)
     matches = {key: _LORA_KEY.fullmatch(key) for key in tensors if key != _MEMORY_KEY}
     _refuse(path, "has unknown keys", [key for key, match in matches.items() if match is None])
@@ -112,6 +111,7 @@ def _compressor(path: str | Path, tensors: dict[str, Tensor], backbone: Backbone
         lora_rank=int(tensors[first_a].shape[0]) if first_a else 1,
         lora_alpha=OFFICIAL_ALPHA,
         lora_targets=tuple(sorted({match[1] for match in matches.values() if match})),
+        layout=layout,
     )
     try:
         compressor = ICAECompressor(backbone, config, memory_tokens=memory)

@@ -17,6 +17,7 @@ from ctxcomp_rag.backbone import Backbone, load_frozen
 from ctxcomp_rag.compressors.pcc import Converter, PCCCompressor, PCCConfig, load_encoder
 from ctxcomp_rag.errors import ModelLoadError
 from ctxcomp_rag.importers.containers import read_tensors
+from ctxcomp_rag.importers.layouts import pcc_layout
 
 CONVERTER_FILE = "memory_converter.bin"
 SPECIAL_TOKENS = ("<mem>", "<ae>", "</mem>")
@@ -49,7 +50,8 @@ def load_official_pcc(path: str | Path, backbone: Backbone, *, patch: str | Path
     if found != encoder.hidden_size:
         raise ModelLoadError(f"{str(folder / CONVERTER_FILE)!r} reads hidden states of {found}, but the encoder "
                              f"gives {encoder.hidden_size}")
-    config = PCCConfig(segment_tokens, slots_per_segment, "attended", base)
+    config = PCCConfig(segment_tokens, slots_per_segment, "attended", base,
+                       pcc_layout(backbone, encoder.tokenizer.hf))
     return PCCCompressor(backbone, encoder, config, converter=converter, special_rows=special_rows)
 
 

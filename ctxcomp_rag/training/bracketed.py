@@ -9,14 +9,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ctxcomp_rag.compressors.pcc import PCCCompressor
-from ctxcomp_rag.training.objectives import IGNORED
+from ctxcomp_rag.decoding import Delimiter, Text, TokenIds
+from ctxcomp_rag.decoding.prompt import text_ids
+from ctxcomp_rag.pipeline import prompt_parts
+from ctxcomp_rag.training.examples import Example
+from ctxcomp_rag.training.objectives import IGNORED, default_end_id
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,63 @@ class BracketedSample:
         tail_ids: what the decoder reads after the brackets (decoder ids).
         labels: same length as the tail.
         reconstruct: put <ae> before the tail.
+        head_ids: what the decoder reads before the brackets, after the BOS that a loss may be given.
     """
 
     context_ids: tuple[int, ...]
     tail_ids: tuple[int, ...]
     labels: tuple[int, ...]
     reconstruct: bool = False
+    head_ids: tuple[int, ...] = ()
+
+
+class _Objective:
+    """What the three objectives share; the layout is the compressor's own, as its prompts will have it."""
+
+    def __init__(self, compressor: PCCCompressor) -> None:
+        self.compressor, self.end_id = compressor, default_end_id(compressor.backbone)
+        layout = compressor.config.layout
+        self.head_ids = layout.reconstruct_ids if layout else ()
+
+    def context(self, example: Example) -> list[int]:
+        """Encoder ids of the context, as `compress` reads it."""
+        return [*self.compressor.config.context_ids, *self.compressor.encoder.tokenizer.encode(example.context)]
+
+    def decoder_ids(self, text: str) -> list[int]:
+        return self.compressor.backbone.tokenizer.encode(text)
+
+
+class BracketedAutoencoding(_Objective):
+    """The decoder repeats the context, in its own ids."""
+
+    def from_example(self, example: Example) -> BracketedSample:
+        made = autoencoding_sample(self.context(example), self.decoder_ids(example.context), self.end_id)
+        return replace(made, head_ids=self.head_ids)
+
+
+class BracketedContinuation(_Objective):
+    """The decoder goes on after the context."""
+
+    def from_example(self, example: Example) -> BracketedSample:
+        made = continuation_sample(self.context(example), self.decoder_ids(example.continuation), self.end_id)
+        return replace(made, head_ids=self.head_ids)
+
+
+class BracketedQuestion(_Objective):
+    """The decoder answers a question about the context, in the prompt that `CompressedRAG` will ask it in."""
+
+    def __init__(self, compressor: PCCCompressor) -> None:
+        super().__init__(compressor)
+        self.spec = compressor.spec  # once: it hashes the weights, and the layout does not depend on them
+
+    def from_example(self, example: Example) -> BracketedSample:
+        backbone, here = self.compressor.backbone, Delimiter(self.spec.delimiters["before"])
+        parts = prompt_parts(backbone, example.question, [[here]], self.spec)
+        at = next(i for i, part in enumerate(parts) if part is here)
+        head, tail = ([i for part in some if isinstance(part, str | Text | TokenIds)
+                       for i in text_ids(part, backbone.tokenizer)] for some in (parts[:at], parts[at + 1 :]))
+        made = question_sample(self.context(example), tail, self.decoder_ids(example.answer), self.end_id)
+        return replace(made, head_ids=tuple(head))
 
 
 def autoencoding_sample(context_ids: Sequence[int], text_ids: Sequence[int], end_id: int) -> BracketedSample:
@@ -53,16 +108,23 @@ def question_sample(context_ids: Sequence[int], question_ids: Sequence[int], ans
     return BracketedSample(tuple(context_ids), (*question_ids, *answer), (*[IGNORED] * len(question_ids), *answer))
 
 
-def bracketed_loss(compressor: PCCCompressor, samples: Sequence[BracketedSample], *, bos_id: int,
+def summed_bracketed_loss(compressor: PCCCompressor, samples: Sequence[BracketedSample]) -> Tensor:
+    """Cross-entropy of samples, summed over their labelled tokens: the loss of a `Trainer`."""
+    loss, _, targets = bracketed_loss(compressor, samples, bos_id=None, padding_id=0)
+    return loss * (targets[:, 1:] != IGNORED).sum()
+
+
+def bracketed_loss(compressor: PCCCompressor, samples: Sequence[BracketedSample], *, bos_id: int | None,
                    padding_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """(mean cross-entropy over labelled places, logits (samples, length, vocab), labels (samples, length))."""
     backbone = compressor.backbone
     device = backbone.device
     opening, asking, closing = compressor.special_rows[:, None]
-    bos = backbone.embed(torch.tensor([bos_id]))
+    bos = [] if bos_id is None else [bos_id]
     rows, labels = [], []
     for sample, slots in zip(samples, compressor.encode([s.context_ids for s in samples]), strict=True):
-        head = [bos, opening, compressor.bracketed(slots), closing, *([asking] if sample.reconstruct else [])]
+        before = backbone.embed(torch.tensor([*bos, *sample.head_ids], dtype=torch.long))
+        head = [before, opening, compressor.bracketed(slots), closing, *([asking] if sample.reconstruct else [])]
         tail = backbone.embed(torch.tensor(sample.tail_ids))
         row = torch.cat([*(part.to(tail.dtype) for part in head), tail])
         rows.append(row)

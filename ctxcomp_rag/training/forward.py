@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -27,6 +29,12 @@ def training_loss(compressor: ICAECompressor, sample: TrainingSample) -> tuple[T
     ).logits[0, :, : int(backbone.config.vocab_size)]
     labels = torch.tensor(sample.labels, device=backbone.device)
     return functional.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=IGNORED), logits
+
+
+def summed_loss(compressor: ICAECompressor, samples: Sequence[TrainingSample]) -> Tensor:
+    """Cross-entropy of samples, summed over their labelled tokens: the loss of a `Trainer`."""
+    return torch.stack([training_loss(compressor, s)[0] * sum(label != IGNORED for label in s.labels)
+                        for s in samples]).sum()
 
 
 def _decoder_inputs(compressor: ICAECompressor, sample: TrainingSample, slots: Tensor) -> tuple[Tensor, Tensor]:

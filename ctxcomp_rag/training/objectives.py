@@ -13,8 +13,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.compressors.icae import ICAECompressor
 from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.training.examples import Example
 
 IGNORED = -100
 """Label of a place that is not trained on."""
@@ -71,7 +73,13 @@ class _Objective:
     def __init__(self, compressor: ICAECompressor, *, end_id: int | None = None) -> None:
         self.compressor = compressor
         self.ids = SampleIds.of(compressor)
-        self.end_id = _end_id(compressor) if end_id is None else end_id
+        self.end_id = default_end_id(compressor.backbone) if end_id is None else end_id
+
+    def encode(self, text: str) -> list[int]:
+        return self.compressor.backbone.tokenizer.encode(text)
+
+    def _context(self, example: Example) -> list[int]:
+        return [*self.compressor.config.context_ids, *self.encode(example.context)]
 
     def _slots(self, context_ids: Sequence[int]) -> list[int]:
         if not context_ids:
@@ -89,6 +97,10 @@ class AutoencodingObjective(_Objective):
 
     def sample(self, context_ids: Sequence[int]) -> TrainingSample:
         return _sample(context_ids, [*self._slots(context_ids), self.ids.reconstruct], [*context_ids, self.end_id])
+
+    def from_example(self, example: Example) -> TrainingSample:
+        """The whole context, with the BOS that the compressor's layout has before a text."""
+        return self.sample(self._context(example))
 
     def draw(self, text_ids: Sequence[int], max_tokens: int, rng: random.Random) -> TrainingSample:
         """A sample from a random window of at most `max_tokens`, the whole text where it is short enough."""
@@ -118,6 +130,10 @@ class ContinuationObjective(_Objective):
             return self.fallback.sample(context_ids)
         prompt = self._slots(context_ids) + ([self.ids.continue_] if self.with_token else [])
         return _sample(context_ids, prompt, continuation_ids[: self.max_tokens], unlabelled=self.leave_tokens)
+
+    def from_example(self, example: Example) -> TrainingSample:
+        """The whole context, with the BOS that the compressor's layout has before a text, and its continuation."""
+        return self.sample(self._context(example), self.encode(example.continuation))
 
     def draw(self, text_ids: Sequence[int], max_tokens: int, rng: random.Random) -> TrainingSample:
         """A sample from a text cut at random; a long text gives a context of `max_tokens` at a random place."""
@@ -149,6 +165,10 @@ class InstructionObjective(_Objective):
         prompt = [*self.left_ids, *self._slots(context_ids), self.ids.after, *prompt_ids, *self.right_ids]
         return _sample(context_ids, prompt, [*answer_ids, self.end_id])
 
+    def from_example(self, example: Example) -> TrainingSample:
+        """Context, question and answer; no BOS before the context, as in the official instruction tuning."""
+        return self.sample(self.encode(example.context), self.encode(example.question), self.encode(example.answer))
+
 
 def _sample(context: Sequence[int], prompt: Sequence[int], answer: Sequence[int], *,
             unlabelled: int = 0) -> TrainingSample:
@@ -156,9 +176,10 @@ def _sample(context: Sequence[int], prompt: Sequence[int], answer: Sequence[int]
     return TrainingSample(tuple(context), (*prompt, *answer), (*hidden, *answer[unlabelled:]))
 
 
-def _end_id(compressor: ICAECompressor) -> int:
-    named = compressor.backbone.config.eos_token_id
+def default_end_id(backbone: Backbone) -> int:
+    """The decoder's end-of-text token; raises InputError where it names none."""
+    named = backbone.config.eos_token_id
     end_id = named[0] if isinstance(named, list | tuple) and named else named
     if not isinstance(end_id, int):
-        raise InputError(f"the model {compressor.backbone.model_id!r} names no end-of-text token; pass end_id")
+        raise InputError(f"the model {backbone.model_id!r} names no end-of-text token; pass end_id")
     return end_id

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from ctxcomp_rag import CompressedRAG, Document, GenerationSettings, MemoryIndex
+from ctxcomp_rag import (
+    ChatTurn,
+    CompressedRAG,
+    Document,
+    GenerationSettings,
+    MemoryIndex,
+    SpanChat,
+    SpanReference,
+)
 from ctxcomp_rag.backbone import load_frozen
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors import load_compressor
 from ctxcomp_rag.compressors.pcc import PCCCompressor, PCCConfig, load_encoder
-from ctxcomp_rag.errors import IncompatibleSpanError, InputError
+from ctxcomp_rag.decoding import Delimiter
+from ctxcomp_rag.errors import IncompatibleSpanError, InputError, ModelLoadError
 from ctxcomp_rag.spans import LatentSpan, SoftSpan
 from tests.compressors.contract import assert_same_span
 from tests.compressors.test_pcc import save_bert
@@ -133,6 +147,74 @@ def test_reading_is_exact_where_the_encoder_saw_the_same_batch(models: dict[str,
             assert_same_span(compressor.read(latent, chunk), made)
             assert not latent.memory.is_inference()
             assert compressor.read(made, chunk) is made
+
+
+def without_encoder(folder: Path, out: Path) -> Path:
+    """What a reader is given of a compressor: settings and converter, and no encoder."""
+    return shutil.copytree(folder, out, ignore=shutil.ignore_patterns("encoder"))
+
+
+@pytest.mark.parametrize("name", ["narrow", "wide"])
+def test_reading_takes_the_converter_and_not_the_encoder(name: str, index: Path, tmp_path: Path,
+                                                         models: dict[str, tuple[Path, Path]]) -> None:
+    model, folder = models[name]
+    reduced = without_encoder(folder, tmp_path / "reduced")
+    with pytest.raises(ModelLoadError, match=r"the encoder in .* cannot be loaded"):
+        load_compressor(reduced, load_frozen(model))
+    whole = load_compressor(folder, load_frozen(model))
+    chat_of_whole = SpanChat.open(index, model=model, compressor=folder)
+    with (CompressedRAG.open(index, model=model, compressor=reduced, encoder=LetterCounts()) as rag,
+          SpanChat.open(index, model=model, compressor=reduced) as chat, chat_of_whole):
+        assert rag.spec.fingerprint == chat.spec.fingerprint == whole.spec.fingerprint
+        for source in rag.retrieve(QUESTION, top_k=len(rag.memory)):
+            assert_same_span(rag.read(source), whole.read(source.span, source.chunk))
+        assert rag.compressor is not None
+        with pytest.raises(InputError, match="opened without its encoder, for reading; load it with load_compressor"):
+            rag.compressor.compress([source.chunk])
+        with pytest.raises(InputError, match="opened without its encoder, for reading; copy the folder"):
+            rag.compressor.save_pretrained(tmp_path / "out")
+        # the chat splices the span that was read, brackets included
+        turn = ChatTurn("user", (SpanReference(chat.references.mint(source.chunk.id, "s")), QUESTION))
+        prompt = chat.prompt([turn], "s")
+        assert prompt.chunk_ids == (source.chunk.id,)
+        [spliced] = [p for p in prompt.parts if isinstance(p, SoftSpan)]
+        assert_same_span(spliced, rag.read(source))
+        rows = [p.embeds for p in prompt.parts if isinstance(p, Delimiter)]
+        assert torch.equal(torch.cat(rows), torch.cat([whole.spec.delimiters[n] for n in ("before", "after")]))
+        assert chat.submit(prompt, SHORT).result().finish_reason in ("stop", "length")
+
+
+def test_a_chat_over_memory_needs_a_converter(index: Path, models: dict[str, tuple[Path, Path]]) -> None:
+    with pytest.raises(IncompatibleSpanError, match=r"no decoder reads as it is; pass the compressor"):
+        SpanChat.open(index, model=models["narrow"][0])
+
+
+def test_the_converter_of_another_decoder_is_refused(index: Path, models: dict[str, tuple[Path, Path]]) -> None:
+    with pytest.raises(IncompatibleSpanError, match=r"was trained for the decoder .*they differ in .*hidden_size"):
+        CompressedRAG.open(index, model=models["narrow"][0], compressor=models["wide"][1], encoder=LetterCounts())
+
+
+def test_the_command_line_writes_latent_indexes_and_reads_them_with_a_converter(
+        models: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    def ctxcomp(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "ctxcomp_rag.cli", *map(str, arguments)], capture_output=True,
+                              text=True, check=False, timeout=300, env={**os.environ, "COLUMNS": "200"})
+
+    (tmp_path / "varn.txt").write_text(TEXTS[0])
+    model, compressor = models["narrow"]
+    made = ctxcomp("precompress", tmp_path / "varn.txt", "--out", tmp_path / "kb", "--model", model, "--compressor",
+                   compressor, "--latent")
+    assert made.returncode == 0, made.stderr
+    with MemoryIndex.open(tmp_path / "kb", read_only=True) as memory:
+        assert memory.spec.kind == "latent"
+    wide, folder = models["wide"]
+    converter = without_encoder(folder, tmp_path / "converter")
+    asked = ctxcomp("ask", tmp_path / "kb", QUESTION, "--model", wide, "--compressor", converter, "--json",
+                    "--max-new-tokens", "4")
+    assert asked.returncode == 0, asked.stderr
+    assert json.loads(asked.stdout)["usage"]["slots"] > 0
+    refused = ctxcomp("ask", tmp_path / "kb", QUESTION, "--model", wide)
+    assert (refused.returncode, "ctxcomp ask --compressor FOLDER" in refused.stderr) == (2, True)
 
 
 def test_a_decoder_is_added_by_training_a_converter_only(index: Path, models: dict[str, tuple[Path, Path]]) -> None:

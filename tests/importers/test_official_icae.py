@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from ctxcomp_rag.compressors.icae import ICAECompressor, ICAEConfig
 from ctxcomp_rag.errors import InputError, ModelLoadError
 from ctxcomp_rag.importers import load_official_v2, save_official_v2
+from ctxcomp_rag.importers.layouts import icae_v2_layout
 from tests.tiny_models import tiny_backbone
 
 OFFICIAL = ICAEConfig(num_memory_tokens=4, segment_tokens=16, lora_rank=2)
@@ -32,7 +34,8 @@ def rewrite(path: Path, *, drop: str | None = None, **changes: torch.Tensor) -> 
 
 
 def test_settings_come_from_the_file(checkpoint: Path) -> None:
-    assert load_official_v2(checkpoint, tiny_backbone("llama")).config == OFFICIAL
+    layout = icae_v2_layout(tiny_backbone("llama"))
+    assert load_official_v2(checkpoint, tiny_backbone("llama")).config == replace(OFFICIAL, layout=layout)
 
 
 def test_other_compression_rate_changes_the_segments_only(checkpoint: Path) -> None:

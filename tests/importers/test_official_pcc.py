@@ -12,6 +12,7 @@ from torch import Tensor
 from ctxcomp_rag.compressors.pcc import Converter, PCCCompressor, PCCConfig, load_encoder
 from ctxcomp_rag.errors import ModelLoadError
 from ctxcomp_rag.importers import load_official_pcc, save_official_pcc
+from ctxcomp_rag.importers.layouts import pcc_layout
 from ctxcomp_rag.importers.pcc import CONVERTER_FILE, SPECIAL_TOKENS, load_patched_decoder, read_patch
 from tests.tiny_models import save_tiny, tiny_backbone
 
@@ -56,7 +57,8 @@ def load(checkpoint: Path, patch: Path | None) -> PCCCompressor:
 
 def test_settings_and_rows_come_from_the_files(checkpoint: Path, patch: Path) -> None:
     loaded = load(checkpoint, patch)
-    assert loaded.config == PCCConfig(16, 4, "attended", str(checkpoint))
+    layout = pcc_layout(loaded.backbone, loaded.encoder.tokenizer.hf)
+    assert loaded.config == PCCConfig(16, 4, "attended", str(checkpoint), layout)
     assert loaded.special_rows.detach().equal(read_patch(patch)[0])
 
 

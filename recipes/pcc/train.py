@@ -1,0 +1,123 @@
+"""Train a PCC compressor for a small decoder: an encoder with the decoder's own weights and LoRA, and a converter.
+
+    PYTHONPATH=.:recipes/embedded OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 recipes/pcc/train.py \
+        --data DATA --out runs/pcc-4x --factor 4
+
+DATA holds `squad-train-v1.1.json.xz`. Run the command again after an interruption: it goes on from the last checkpoint.
+Stages (Dai et al., ACL 2025): short texts repeated at 4x, the three special tokens included, which stay as they are
+from then on; reconstruction and continuation drawn half and half; questions. Then OUT/pcc is the compressor and
+OUT/home_ground.json its measurement, in the table of the other methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from muon import Muon
+from texts import fictional, squad
+from torch import nn
+from tqdm import tqdm
+
+from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, load_frozen
+from ctxcomp_rag.compressors.pcc import PCCCompressor, PCCConfig, load_encoder
+from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground
+from ctxcomp_rag.evaluation.provenance import write_result
+from ctxcomp_rag.retrieval import load_retrieval_encoder
+from ctxcomp_rag.training import (
+    BracketedAutoencoding,
+    BracketedContinuation,
+    BracketedQuestion,
+    Source,
+    Stage,
+    Trainer,
+    passages,
+    summed_bracketed_loss,
+)
+
+SHORT = 4  # the warm-up's texts are this much shorter than a segment
+FROZEN = ("special_rows",)
+
+
+def make_compressor(backbone: Backbone, model: str, *, segment_tokens: int, factor: int, rank: int,
+                    seed: int) -> PCCCompressor:
+    """A PCC compressor whose encoder is the decoder itself with LoRA on everything."""
+    torch.manual_seed(seed)
+    encoder = load_encoder(model, large=True, lora_rank=rank, lora_alpha=rank)
+    return PCCCompressor(backbone, encoder, PCCConfig(segment_tokens, segment_tokens // factor, encoder=model))
+
+
+def make_stages(compressor: PCCCompressor, args: argparse.Namespace) -> list[Stage]:
+    """The paper's two stages and the fine-tuning, over fictional documents and SQuAD train."""
+    tokenizer, tokens = compressor.encoder.tokenizer, compressor.config.segment_tokens
+    documents, asked = fictional(args.documents, args.seed)
+    paragraphs, asked_squad = squad(args.data / "squad-train-v1.1.json.xz", tokenizer, tokens,
+                                    args.paragraphs)
+    short = passages([*documents, *paragraphs], tokenizer, tokens // SHORT)
+    whole = passages([" ".join(documents[i : i + 4]) for i in range(0, len(documents), 4)] + paragraphs, tokenizer,
+                     tokens)
+    repeat, follow = BracketedAutoencoding(compressor), BracketedContinuation(compressor)
+    ask = BracketedQuestion(compressor)
+    every = {"batch_size": args.batch_size, "learning_rate": args.rate, "warmup_steps": args.rate_warmup}
+    return [Stage("warm-up", (Source(repeat, short),), args.warm_up, **every),
+            Stage("pretrain", (Source(repeat, whole, 0.5), Source(follow, whole, 0.5)), args.pretrain, frozen=FROZEN,
+                  **every),
+            Stage("questions", (Source(ask, asked, 0.7), Source(ask, asked_squad, 0.3)), args.questions, frozen=FROZEN,
+                  **every)]
+
+
+def muon_and_adam(parameters: Mapping[str, nn.Parameter], rate: float) -> Sequence[torch.optim.Optimizer]:
+    """Muon for the matrices between hidden states, AdamW for embeddings, norms and biases."""
+    matrices = {n for n, p in parameters.items() if p.ndim == 2 and "embed" not in n and n != "special_rows"}
+    rest = [p for n, p in parameters.items() if n not in matrices]
+    return [Muon([parameters[n] for n in parameters if n in matrices], lr=rate),
+            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with squad-train-v1.1.json.xz")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log, compressor and result")
+    parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder of the decoder [default: the embedded one]")
+    parser.add_argument("--factor", type=int, default=4, help="source tokens per slot")
+    parser.add_argument("--segment-tokens", type=int, default=144)
+    parser.add_argument("--rank", type=int, default=64, help="of the LoRA matrices")
+    parser.add_argument("--documents", type=int, default=20000, help="fictional documents to train on")
+    parser.add_argument("--paragraphs", type=int, default=20000, help="SQuAD paragraphs to train on, at most")
+    parser.add_argument("--warm-up", type=int, default=1000, help="steps on short texts")
+    parser.add_argument("--pretrain", type=int, default=4000, help="steps of reconstruction and continuation")
+    parser.add_argument("--questions", type=int, default=3000, help="steps on questions")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate-warmup", type=int, default=50, help="steps at the beginning of a stage")
+    parser.add_argument("--save-every", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--measure", type=int, default=300, help="held-out documents to measure with")
+    args = parser.parse_args()
+    if args.segment_tokens % args.factor:
+        parser.error(f"--factor {args.factor} does not divide --segment-tokens {args.segment_tokens}")
+    backbone = load_frozen(args.model, dtype=torch.float32)
+    compressor = make_compressor(backbone, args.model, segment_tokens=args.segment_tokens, factor=args.factor,
+                                 rank=args.rank, seed=args.seed)
+    trainer = Trainer(compressor, partial(summed_bracketed_loss, compressor), make_stages(compressor, args), args.out,
+                      seed=args.seed, optimizers=muon_and_adam, save_every=args.save_every)
+    main_process = trainer.accelerator.is_main_process
+    with tqdm(unit="step", disable=not main_process, mininterval=10) as bar:
+        def show(record: dict[str, object]) -> None:
+            bar.update()
+            bar.set_postfix_str(f"{record['stage']} {record['step']}/{record['steps']} loss {record['loss']:.3f}")
+
+        trainer.run(show)
+    if main_process:
+        compressor.save_pretrained(args.out / "pcc")
+        report = evaluate_home_ground(compressor, load_retrieval_encoder(), documents=args.measure)
+        write_result(args.out / "home_ground.json", asdict(report))
+        print(f"exact match: {report.exact_match}; reconstruction BLEU: {report.reconstruction_bleu}")
+
+
+if __name__ == "__main__":
+    main()
