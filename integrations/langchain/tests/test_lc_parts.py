@@ -113,7 +113,7 @@ def test_parts_that_do_not_belong_together_are_refused(setup: Setup, store: Span
 
 
 def test_a_model_needs_either_a_chat_or_an_index(setup: Setup) -> None:
-    with pytest.raises(InputError, match="either a SpanChat or the folder of an index: .* variable CTXCOMP_INDEX"):
+    with pytest.raises(InputError, match=r"either a SpanChat or .* variable CTXCOMP_INDEX"):
         ChatCtxcomp()
     with pytest.raises(InputError, match="either a SpanChat or the folder of an index"):
         ChatCtxcomp(setup.chat, index="kb")
