@@ -124,6 +124,14 @@ class SpanChat:
         return cls(backbone, index, references=references, on_invalid=on_invalid, max_batch=max_batch,
                    prerolled_bytes=prerolled_bytes)
 
+    @staticmethod
+    def require(chat: object) -> SpanChat:
+        """`chat`; raises InputError where it is something else, the folder of an index say."""
+        if not isinstance(chat, SpanChat):
+            raise InputError(f"expected a SpanChat, got {type(chat).__name__} {chat!r:.80}; open one with "
+                             "SpanChat.open(folder)")
+        return chat
+
     def prompt(self, turns: Sequence[ChatTurn], scope: str, *, on_error: OnError = "text") -> ChatPrompt:
         """Resolve the references and lay the messages out with the model's chat template.
 
@@ -219,9 +227,9 @@ class _Resolver:
 
     def _parts(self, span: MemorySpan) -> list[Part]:
         prerolled = self.chat.prerolled
-        if prerolled is None:
+        if prerolled is None or isinstance(span, KVSpan):
             return enclosed(span, self.chat.index.spec)
-        stored = isinstance(span, KVSpan) or span in prerolled
+        stored = span in prerolled
         made = prerolled.get(span)
         self.prerolled_now += 0 if stored else made.num_slots
         return [made]

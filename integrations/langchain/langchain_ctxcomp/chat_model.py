@@ -72,7 +72,7 @@ class ChatCtxcomp(BaseChatModel):
         if (chat is None) == (self.index is None):
             raise InputError("expected either a SpanChat or the folder of an index: ChatCtxcomp(chat), "
                              "ChatCtxcomp(index='kb'), or the environment variable CTXCOMP_INDEX")
-        self._chat = chat if chat is not None else _opened(str(self.index), self.model)
+        self._chat = SpanChat.require(chat) if chat is not None else _opened(str(self.index), self.model)
         self._settings(None, {})
 
     @property

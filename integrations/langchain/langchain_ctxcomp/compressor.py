@@ -39,6 +39,7 @@ class SpanDocumentCompressor(BaseDocumentCompressor):
 
     def __init__(self, chat: SpanChat, *, store: SpanVectorStore | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        SpanChat.require(chat)
         if self.on_missing == "compress" and (store is None or store.compressor is None):
             raise InputError("on_missing='compress' needs a store with a compressor; pass store=SpanVectorStore(index, "
                              "embedding, compressor), or use on_missing='text'")

@@ -119,6 +119,12 @@ def test_a_model_needs_either_a_chat_or_an_index(setup: Setup) -> None:
         ChatCtxcomp(setup.chat, index="kb")
 
 
+@pytest.mark.parametrize("part", [ChatCtxcomp, SpanDocumentCompressor])
+def test_a_folder_in_the_place_of_a_chat_is_answered_with_what_to_type(part: type) -> None:
+    with pytest.raises(InputError, match=r"expected a SpanChat, got str 'kb'; open one with SpanChat.open\(folder\)"):
+        part("kb")
+
+
 def test_the_environment_names_an_index_only_where_nothing_else_does(setup: Setup, store: SpanVectorStore,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CTXCOMP_INDEX", str(store.index.path))

@@ -58,7 +58,7 @@ class CtxcompLLM(CustomLLM):
         super().__init__(**kwargs)
         if scope == "":
             raise InputError("expected a scope, got an empty one; use new_scope(), or leave it out")
-        self._chat, self._scope = chat, scope
+        self._chat, self._scope = SpanChat.require(chat), scope
         self._settings({})
 
     @classmethod

@@ -52,6 +52,7 @@ class SpanPostprocessor(BaseNodePostprocessor):
                  on_error: OnError = "text", compressor: Compressor | None = None,
                  embed_model: BaseEmbedding | None = None, **kwargs: Any) -> None:
         super().__init__(**{"on_missing": on_missing, "on_error": on_error, **kwargs})
+        SpanChat.require(chat)
         if scope == "":
             raise InputError("expected a scope, got an empty one; use new_scope(), or leave it out")
         if on_missing == "compress":

@@ -155,6 +155,12 @@ def test_what_to_do_on_an_error_is_one_of_two(setup: Setup, part: type) -> None:
         part(setup.chat, on_error="ignore")
 
 
+@pytest.mark.parametrize("part", [SpanPostprocessor, CtxcompLLM])
+def test_a_folder_in_the_place_of_a_chat_is_answered_with_what_to_type(part: type) -> None:
+    with pytest.raises(InputError, match=r"expected a SpanChat, got str 'kb'; open one with SpanChat.open\(folder\)"):
+        part("kb")
+
+
 def test_a_chunk_deleted_after_retrieval_is_read_as_text(setup: Setup, empty) -> None:  # type: ignore[no-untyped-def]
     empty.add([node("A fleeting text about lighthouses.", "d", vector=1), node("A lasting text.", "e", vector=2)])
     chat = SpanChat(setup.rag.backbone, empty.client)
