@@ -24,6 +24,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from llama_index.core import VectorStoreIndex
+from tqdm import tqdm
 
 from ctxcomp_rag import CompressedRAG, Document, SpanChat, SpanReferences, Ticket
 from ctxcomp_rag.evaluation.fictional import generate_corpus
@@ -66,7 +67,7 @@ def measure(name: str, ask: Ask, chat: SpanChat, questions: list[str], requests:
     alone = {q: ask(q) for q in questions}
     rows = [{"framework": name, "done": 0, **held(chat), "wrong": 0, "per_second": None}]
     done = wrong = 0
-    for checkpoint in range(1, CHECKPOINTS + 1):
+    for checkpoint in tqdm(range(1, CHECKPOINTS + 1), desc=name):
         batch = [questions[i % len(questions)] for i in range(done, requests * checkpoint // CHECKPOINTS)]
         began = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
