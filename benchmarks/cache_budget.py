@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import print_table, write_result
+from common import print_table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ctxcomp_rag.backbone import Backbone, load_frozen
 from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, TokenIds
+from ctxcomp_rag.evaluation.provenance import write_result
 
 RANDOM = {
     "random-0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,

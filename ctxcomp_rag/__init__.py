@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ctxcomp_rag.backbone import Backbone, load_frozen
-    from ctxcomp_rag.chat import ChatPrompt, ChatTurn, SpanChat, SpanReference, Stripper, with_references
+    from ctxcomp_rag.chat import (
+        ChatPrompt,
+        ChatTurn,
+        SpanChat,
+        SpanReference,
+        Stripper,
+        context_places,
+        with_references,
+    )
     from ctxcomp_rag.chunking import Chunk, Document, split_document
     from ctxcomp_rag.compressors import Compressor, load_compressor
     from ctxcomp_rag.decoding import (
@@ -43,7 +51,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "backbone": ("Backbone", "load_frozen"),
-    "chat": ("ChatPrompt", "ChatTurn", "SpanChat", "SpanReference", "Stripper", "with_references"),
+    "chat": ("ChatPrompt", "ChatTurn", "SpanChat", "SpanReference", "Stripper", "context_places", "with_references"),
     "chunking": ("Chunk", "Document", "split_document"),
     "compressors": ("Compressor", "load_compressor"),
     "decoding": (
@@ -98,6 +106,7 @@ __all__ = [
     "Text",
     "Ticket",
     "UnsupportedModelError",
+    "context_places",
     "embed_texts",
     "encoder_name",
     "find_references",

@@ -6,6 +6,7 @@ resolved in the scope of the call or, as configured, kept as the text it stands 
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -20,17 +21,23 @@ from ctxcomp_rag.decoding import (
     GenerationSettings,
     Message,
     Part,
+    PrerolledSpans,
+    PromptUsage,
     RequestScheduler,
     Ticket,
     enclosed,
     render_chat,
 )
-from ctxcomp_rag.errors import InputError, SpanReferenceError
+from ctxcomp_rag.errors import IndexFolderError, InputError, SpanReferenceError
 from ctxcomp_rag.index import MemoryIndex
 from ctxcomp_rag.references import SpanReferences, find_references, has_cut_reference
-from ctxcomp_rag.spans import MemorySpan
+from ctxcomp_rag.spans import KVSpan, MemorySpan
 
+logger = logging.getLogger(__name__)
 OnInvalid = Literal["text", "raise"]
+OnError = Literal["text", "raise"]
+_CUT = ("a reference to a span was cut; do not split text that holds references (chunk_size below the length of one "
+        "reference)")
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,12 @@ class SpanReference:
         reference: what `SpanReferences.mint` returned.
         text: what to show where the reference is refused or its chunk is gone; the reference itself, as text, where
             there is nothing better.
+        cut: it is text that only spells the beginning or the end of a reference, and is refused as such.
     """
 
     reference: str
     text: str | None = None
+    cut: bool = False
 
 
 Content = str | SpanReference
@@ -64,11 +73,21 @@ class ChatTurn:
 
 @dataclass(frozen=True, eq=False)
 class ChatPrompt:
-    """A prompt made ready: the decoder's parts, the chunks that were spliced, and the references that were refused."""
+    """A prompt made ready: the decoder's parts, the chunks that were spliced, and the references that were refused.
+
+    Attributes:
+        rejected: how many references are shown as text, by reason.
+        prerolled_now: slots that are keys and values since this prompt only, and not from storage.
+    """
 
     parts: tuple[Part, ...]
     chunk_ids: tuple[str, ...]
     rejected: Counter[str] = field(default_factory=Counter)
+    prerolled_now: int = 0
+
+    def cache_read(self, usage: PromptUsage) -> int:
+        """Positions of the prompt whose keys and values were stored before: those that cost no layer."""
+        return usage.cached - self.prerolled_now
 
 
 class SpanChat:
@@ -84,11 +103,12 @@ class SpanChat:
         references: made for this index; by default a registry of this process.
         on_invalid: what happens to a reference that is refused: kept as text, or raised.
         max_batch: requests that decode together.
+        prerolled_bytes: main memory for the most used soft spans as keys and values, see `CompressedRAG`.
     """
 
     def __init__(self, backbone: Backbone, index: MemoryIndex, *, compressor: Compressor | None = None,
-                 references: SpanReferences | None = None, on_invalid: OnInvalid = "text",
-                 max_batch: int = 8) -> None:
+                 references: SpanReferences | None = None, on_invalid: OnInvalid = "text", max_batch: int = 8,
+                 prerolled_bytes: int = 0) -> None:
         self.spec = compressor.reading(index.spec) if compressor else index.spec
         self.spec.require_decoder(backbone.fingerprint)
         if on_invalid not in ("text", "raise"):
@@ -96,10 +116,12 @@ class SpanChat:
         self.backbone, self.index, self.compressor, self.on_invalid = backbone, index, compressor, on_invalid
         self.references = SpanReferences(uuid.uuid4().hex) if references is None else references
         self.scheduler = RequestScheduler(FrozenDecoder(backbone), max_batch=max_batch)
+        self.prerolled = PrerolledSpans(backbone, self.spec, prerolled_bytes) if prerolled_bytes else None
 
     @classmethod
     def open(cls, path: str | Path, *, model: str | Path | None = None, compressor: str | Path | None = None,
-             references: SpanReferences | None = None, on_invalid: OnInvalid = "text", max_batch: int = 8) -> Self:
+             references: SpanReferences | None = None, on_invalid: OnInvalid = "text", max_batch: int = 8,
+             prerolled_bytes: int = 0) -> Self:
         """Open an index for reading.
 
         Args:
@@ -112,38 +134,48 @@ class SpanChat:
                                dtype=decoder.dtype)
         reader = load_reader(compressor, backbone) if compressor is not None else None
         return cls(backbone, index, compressor=reader, references=references, on_invalid=on_invalid,
-                   max_batch=max_batch)
+                   max_batch=max_batch, prerolled_bytes=prerolled_bytes)
 
-    def prompt(self, turns: Sequence[ChatTurn], scope: str) -> ChatPrompt:
+    @staticmethod
+    def require(chat: object) -> SpanChat:
+        """`chat`; raises InputError where it is something else, the folder of an index say."""
+        if not isinstance(chat, SpanChat):
+            raise InputError(f"expected a SpanChat, got {type(chat).__name__} {chat!r:.80}; open one with "
+                             "SpanChat.open(folder)")
+        return chat
+
+    def prompt(self, turns: Sequence[ChatTurn], scope: str, *, on_error: OnError = "text") -> ChatPrompt:
         """Resolve the references and lay the messages out with the model's chat template.
+
+        Args:
+            on_error: what happens to a good reference whose span cannot be read (a damaged file, say): it is shown as
+                the text it stands for, logged, and counted as "damaged"; or the error is raised.
 
         Raises:
             SpanReferenceError: a reference was refused and `on_invalid` is "raise".
+            IndexFolderError: a span cannot be read and `on_error` is "raise".
             InputError: there is no message with content.
         """
         self.scheduler.require_own_process()
-        if any(isinstance(c, SpanReference) for t in turns for c in t.content) and not self.index.is_writer:
-            self.index.refresh()
-        resolver = _Resolver(self, scope)
+        if on_error not in ("text", "raise"):
+            raise InputError(f"expected on_error='text' or 'raise', got {on_error!r}")
+        resolver = _Resolver(self, scope, on_error)
         messages = [Message(t.role, tuple(p for c in t.content for p in resolver.read(c))) for t in turns]
         messages = [m for m in messages if m.content]
         if not messages:
             raise InputError("expected at least one message with content, got none")
         parts = render_chat(self.backbone.tokenizer, messages)
-        return ChatPrompt(tuple(parts), tuple(resolver.chunk_ids), resolver.rejected)
+        return ChatPrompt(tuple(parts), tuple(resolver.chunk_ids), resolver.rejected, resolver.prerolled_now)
 
     def with_references(self, text: str) -> tuple[Content, ...]:
-        """Text in which a framework's chain has put references, as content. What spells the beginning of one and is
-        none stays text, or raises SpanReferenceError where `on_invalid` is "raise": a splitter may have cut it, or
-        somebody may have typed it."""
-        try:
-            return with_references(text)
-        except SpanReferenceError:
-            self.references.refused("cut", "")
-            if self.on_invalid == "raise":
-                raise
+        """Text in which a framework's chain has put references, as content.
+
+        What spells the beginning of a reference and is none, because a splitter has cut it or somebody has typed it,
+        is for `prompt` to refuse: it stays text, or raises, as `on_invalid` says.
+        """
         pieces = find_references(text)
-        return tuple(SpanReference(p) if i % 2 else p for i, p in enumerate(pieces) if p)
+        return tuple(SpanReference(p) if i % 2 else SpanReference(p, p, cut=True) if has_cut_reference(p) else p
+                     for i, p in enumerate(pieces) if p)
 
     def submit(self, prompt: ChatPrompt, settings: GenerationSettings | None = None) -> Ticket:
         """Queue a prompt for the shared decoder; see `RequestScheduler.submit`."""
@@ -171,15 +203,19 @@ class SpanChat:
 class _Resolver:
     """Content to parts, for one prompt: a chunk is spliced once."""
 
-    def __init__(self, chat: SpanChat, scope: str) -> None:
-        self.chat, self.scope = chat, scope
+    def __init__(self, chat: SpanChat, scope: str, on_error: OnError) -> None:
+        self.chat, self.scope, self.on_error = chat, scope, on_error
         self.chunk_ids: list[str] = []
         self.rejected: Counter[str] = Counter()
+        self.prerolled_now = 0
+        self._refreshed = chat.index.is_writer  # then nobody else commits
 
     def read(self, content: Content) -> list[Part]:
         if isinstance(content, str):
             return [content] if content else []
         try:
+            if content.cut:
+                raise self.chat.references.refused("cut", _CUT)
             chunk_id = self.chat.references.resolve(content.reference, self.scope)
             if chunk_id in self.chunk_ids:
                 raise self.chat.references.refused("duplicate", "a span was referred to twice in one prompt")
@@ -187,12 +223,33 @@ class _Resolver:
         except SpanReferenceError as error:
             if self.chat.on_invalid == "raise":
                 raise
-            self.rejected[error.reason] += 1
-            return self.read(str(content.reference) if content.text is None else content.text)
+            return self._as_text(content, error.reason)
+        except IndexFolderError as error:
+            refusal = self.chat.references.refused("damaged", "the span behind a reference cannot be read")
+            if self.on_error == "raise":
+                raise
+            logger.warning("a span stays text: %s", error)
+            return self._as_text(content, refusal.reason)
         self.chunk_ids.append(chunk_id)
-        return enclosed(span, self.chat.spec)
+        return self._parts(span)
+
+    def _as_text(self, content: SpanReference, reason: str) -> list[Part]:
+        self.rejected[reason] += 1
+        return self.read(str(content.reference) if content.text is None else content.text)
+
+    def _parts(self, span: MemorySpan) -> list[Part]:
+        prerolled = self.chat.prerolled
+        if prerolled is None or isinstance(span, KVSpan):
+            return enclosed(span, self.chat.spec)
+        stored = span in prerolled
+        made = prerolled.get(span)
+        self.prerolled_now += 0 if stored else made.num_slots
+        return [made]
 
     def _span(self, chunk_id: str) -> MemorySpan:
+        if not self._refreshed:
+            self.chat.index.refresh()
+            self._refreshed = True
         try:
             found = self.chat.index.get([chunk_id])[0]
         except InputError:  # asked for and not looked up before: it may be deleted at any moment
@@ -225,9 +282,25 @@ def with_references(text: str) -> tuple[Content, ...]:
     """
     pieces = find_references(text)
     if any(has_cut_reference(piece) for piece in pieces[::2]):
-        raise SpanReferenceError("cut", "a reference to a span was cut; do not split text that holds references "
-                                 "(chunk_size below the length of one reference)")
+        raise SpanReferenceError("cut", _CUT)
     return tuple(SpanReference(p) if i % 2 else p for i, p in enumerate(pieces) if p)
 
 
-__all__ = ["ChatPrompt", "ChatTurn", "SpanChat", "SpanReference", "Stripper", "with_references"]
+def context_places(roles: Sequence[str]) -> set[int]:
+    """Where a framework's chain puts its context, and so where references may be looked for in text.
+
+    The last "user" message, the "system" messages beside it, and those that open the conversation. What was said
+    before, and system messages in between (a memory may have written them from what users said), are history.
+    """
+    system = [role == "system" for role in roles]
+    opening = next((i for i, s in enumerate(system) if not s), len(roles))
+    if "user" not in roles:
+        return set(range(opening))
+    last = max(i for i, role in enumerate(roles) if role == "user")
+    before = next((i for i in range(last - 1, -1, -1) if not system[i]), -1)
+    after = next((i for i in range(last + 1, len(roles)) if not system[i]), len(roles))
+    return {*range(opening), *range(before + 1, after)}
+
+
+__all__ = ["ChatPrompt", "ChatTurn", "OnError", "SpanChat", "SpanReference", "Stripper", "context_places",
+           "with_references"]

@@ -33,7 +33,7 @@ _CHUNK_ID = re.compile(r"[0-9a-f]{32}")
 # What is left of a reference that was cut inside its prefix. (Cut further back, its beginning holds the prefix.)
 _BEHEADED = re.compile(r"[A-Za-z0-9_-]{22}:[A-Za-z0-9_-]{22}\]\]")
 
-Reason = Literal["malformed", "unknown", "expired", "scope", "duplicate", "deleted", "cut"]
+Reason = Literal["malformed", "unknown", "expired", "scope", "duplicate", "deleted", "cut", "damaged"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,11 +25,18 @@ from ctxcomp_rag import (
     SpanChat,
     SpanReference,
     SpanReferences,
+    context_places,
     with_references,
 )
 from ctxcomp_rag.decoding import Delimiter, Part, Text
 from ctxcomp_rag.decoding.prompt import text_ids
-from ctxcomp_rag.errors import IncompatibleSpanError, InputError, SchedulerFullError, SpanReferenceError
+from ctxcomp_rag.errors import (
+    IncompatibleSpanError,
+    IndexFolderError,
+    InputError,
+    SchedulerFullError,
+    SpanReferenceError,
+)
 from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
 from ctxcomp_rag.spans import KVSpan, MemorySpan, SoftSpan
 from tests.tiny_models import CONTROL_TOKENS, save_tiny, tiny_backbone
@@ -324,6 +332,26 @@ def test_a_cut_reference_is_an_error_that_says_what_to_change() -> None:
         assert cut[:at] not in str(refusal.value) or at < 8
 
 
+@pytest.mark.parametrize("piece", ["[[span:", "[[span:AAAA", "a[[span:b]]c"])
+def test_text_that_spells_a_piece_of_a_reference_is_shown_or_raised(strict: SpanChat, piece: str) -> None:
+    (content,) = strict.with_references(piece)
+    check_refused(strict, "cut", (content, "?"), [piece, "?"])
+
+
+@pytest.mark.parametrize(("roles", "places"), [
+    (["user"], {0}),
+    (["system", "system", "user"], {0, 1, 2}),
+    (["system", "user", "assistant", "user"], {0, 3}),
+    (["user", "system", "assistant", "system", "user", "system"], {3, 4, 5}),
+    (["user", "assistant", "tool"], {0}),
+    (["system", "user", "assistant", "system"], {0, 1}),
+    (["system", "assistant"], {0}),
+    ([], set()),
+])
+def test_context_stands_in_this_turn_and_in_what_opens_the_conversation(roles: list[str], places: set[int]) -> None:
+    assert context_places(roles) == places
+
+
 # -- the index while a chat is open
 
 
@@ -375,6 +403,35 @@ def test_an_answer_is_finished_after_its_scope_and_its_chunk_are_gone(own: Compr
     chat.references.revoke(scope=SCOPE)
     own.memory.delete(chunk_ids=[source.chunk.id])
     assert "".join(pieces) == expected
+
+
+@pytest.mark.parametrize("on_error", ["text", "raise"])
+def test_a_span_that_cannot_be_read_is_shown_as_its_text_or_raised(own: CompressedRAG, tmp_path: Path,
+                                                                   on_error: Literal["text", "raise"]) -> None:
+    chat = SpanChat(own.backbone, MemoryIndex.open(own.memory.path, read_only=True))
+    source = own.retrieve(QUESTION)[0]
+    content = turn(SpanReference(chat.references.mint(source.chunk.id, SCOPE), source.chunk.text), "?")
+    own.memory.close()
+    own.memory.path.rename(tmp_path / "elsewhere")
+    if on_error == "raise":
+        with pytest.raises(IndexFolderError, match="Was it moved or deleted"):
+            chat.prompt([content], SCOPE, on_error=on_error)
+    else:
+        prompt = chat.prompt([content], SCOPE, on_error=on_error)
+        assert (prompt.rejected, prompt.chunk_ids) == ({"damaged": 1}, ())
+        assert source.chunk.text in prompt.parts
+    assert chat.references.rejected == {"damaged": 1}
+
+
+def test_prerolled_spans_are_read_from_the_cache_from_the_second_prompt_on(embedded: CompressedRAG) -> None:
+    chat = SpanChat(embedded.backbone, embedded.memory, prerolled_bytes=2**24)
+    (reference, *_) = minted(chat, embedded.retrieve(QUESTION))
+    content = turn(SpanReference(reference), "\n\nQuestion: ?")
+    first, second = (chat.prompt([content], SCOPE) for _ in range(2))
+    usage = chat.submit(first, SHORT).result().usage
+    assert usage.cached == usage.slots == first.prerolled_now
+    assert [p.cache_read(usage) for p in (first, second)] == [0, usage.slots]
+    chat.scheduler.close()
 
 
 # -- opening and closing

@@ -68,9 +68,14 @@ class PrerolledSpans:
         """Bytes of the spans that are kept."""
         return int(self._kept.currsize)
 
+    def __contains__(self, span: MemorySpan) -> bool:
+        """Whether `get` would find it in memory."""
+        with self._lock:
+            return _key(span) in self._kept
+
     def get(self, span: MemorySpan) -> KVSpan:
         """The span pre-rolled, from memory or made now."""
-        key = (span.chunk_id, span.num_slots)  # a chunk's id names its text; another factor has other slots
+        key = _key(span)
         with self._lock:
             found = self._kept.get(key)
             if found is not None:
@@ -82,6 +87,10 @@ class PrerolledSpans:
             if made.nbytes <= self._kept.maxsize:
                 self._kept[key] = made
         return made
+
+
+def _key(span: MemorySpan) -> tuple[str, int]:
+    return span.chunk_id, span.num_slots  # a chunk's id names its text; another factor has other slots
 
 
 __all__ = ["PrerolledSpans", "preroll"]

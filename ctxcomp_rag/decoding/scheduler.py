@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import queue
 import threading
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import NoReturn, Self
+from weakref import WeakSet
 
 from ctxcomp_rag.decoding.decoder import FrozenDecoder
 from ctxcomp_rag.decoding.generation import Generation, GenerationSettings
@@ -203,8 +205,9 @@ class RequestScheduler:
         self._waiting: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed = self._abandoned = False
         self._process = os.getpid()
+        _SCHEDULERS.add(self)
         try:
             require_full_attention(decoder.backbone.config)
             self._joins = True
@@ -254,6 +257,11 @@ class RequestScheduler:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
+    def _abandon(self) -> None:
+        """Stop between two steps, whatever is unfinished: Python ends, and nobody is left who could read it."""
+        self._abandoned = True
+        self.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -278,7 +286,7 @@ class RequestScheduler:
             with self._changed:
                 if not active and not self._waiting and not self._closed:
                     self._changed.wait(_IDLE_SECONDS)
-                if not active and not self._waiting:
+                if self._abandoned or (not active and not self._waiting):
                     self._thread = None
                     return
             try:
@@ -333,6 +341,16 @@ class RequestScheduler:
         for ticket in given_up:
             ticket._end()
         return fresh
+
+
+_SCHEDULERS: WeakSet[RequestScheduler] = WeakSet()
+
+
+@atexit.register
+def _abandon_all() -> None:
+    """A thread that is inside the decoder when Python ends would take the process down with an abort."""
+    for scheduler in list(_SCHEDULERS):
+        scheduler._abandon()
 
 
 def _end_all(active: dict[Request, Ticket], error: Exception) -> None:

@@ -56,11 +56,16 @@ Run: TypeAlias = EmbeddedRun | CachedRun | BlendedRun
 
 @dataclass(frozen=True)
 class PromptUsage:
-    """What a prompt is made of: text tokens, slots, and the source tokens that the slots stand for."""
+    """What a prompt is made of: text tokens, slots, and the source tokens that the slots stand for.
+
+    Attributes:
+        cached: those of the slots that enter as keys and values, so that no layer computes them.
+    """
 
     text_tokens: int = 0
     slots: int = 0
     source_tokens: int = 0
+    cached: int = 0
 
     @property
     def positions(self) -> int:
@@ -177,7 +182,7 @@ class _Layout:
         self.backbone = backbone
         self.pieces: list[Piece] = []
         self.ids: list[int] = []
-        self.text_tokens = self.slots = self.source_tokens = 0
+        self.text_tokens = self.slots = self.source_tokens = self.cached = 0
 
     def add(self, part: Part) -> None:
         if isinstance(part, str | Text | TokenIds):
@@ -193,11 +198,13 @@ class _Layout:
             self._rows(part.embeds, part.positions, part.num_positions, f"span {part.chunk_id!r}")
         elif isinstance(part, Blended):
             self._check_entries(part.span)
-            self.pieces.append(EntriesPiece(part.span, slot_ids(part, self.backbone),
-                                            math.ceil(part.fraction * part.span.num_slots)))
+            fresh = math.ceil(part.fraction * part.span.num_slots)
+            self.pieces.append(EntriesPiece(part.span, slot_ids(part, self.backbone), fresh))
+            self.cached += part.span.num_slots - fresh
         elif isinstance(part, KVSpan):
             self._check_entries(part)
             self.pieces.append(EntriesPiece(part))
+            self.cached += part.num_slots
         else:
             raise InputError(f"a prompt is made of text and spans, got {type(part).__name__}")
         self.slots += span.num_slots
@@ -228,7 +235,8 @@ class _Layout:
         if not self.pieces or isinstance(self.pieces[-1], EntriesPiece):
             raise InputError("a prompt must end with text or a soft span: there is nothing to compute the next token "
                              "from. Put the question after the spans")
-        return Layout(tuple(self.pieces), PromptUsage(self.text_tokens, self.slots, self.source_tokens))
+        return Layout(tuple(self.pieces), PromptUsage(self.text_tokens, self.slots, self.source_tokens,
+                                                      self.cached))
 
 
 def slot_ids(part: Blended, backbone: Backbone) -> list[int]:

@@ -29,6 +29,7 @@ from ctxcomp_rag.index.folder import (
 from ctxcomp_rag.index.inputs import checked_vectors, places_of_chunks
 from ctxcomp_rag.index.rows import Row
 from ctxcomp_rag.index.span_store import SpanTable, manifest_files, set_aside_torn_manifests
+from ctxcomp_rag.index.texts import TextTable
 from ctxcomp_rag.index.vectors import CURRENT, VectorIndex
 from ctxcomp_rag.index.verify import VerifyReport, check_rows, check_vectors
 from ctxcomp_rag.index.where import Where, matching_rows
@@ -80,6 +81,7 @@ class MemoryIndex:
         self._writer = WriterLock(path)
         self._writing = threading.RLock()  # one writing thread at a time
         self._state = threading.RLock()  # `_table` and `_vectors` change together
+        self._texts, self._looking = TextTable(), threading.Lock()
         self._closed = False
 
     # ---- opening and closing
@@ -395,6 +397,17 @@ class MemoryIndex:
         def read(table: SpanTable) -> list[str]:
             names = table.documents.get(document_id, [])
             return table.in_text_order(names) if len(names) > 1 else list(names)
+
+        return self._reading(read)
+
+    def chunks_of_texts(self, texts: Sequence[str]) -> list[str | None]:
+        """For each text the id of the oldest chunk with exactly this text, or None.
+
+        The first call reads the texts of the index once; later ones only those that were added since.
+        """
+        def read(table: SpanTable) -> list[str | None]:
+            with self._looking:
+                return self._texts.find(table, texts)
 
         return self._reading(read)
 

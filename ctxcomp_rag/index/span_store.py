@@ -226,6 +226,19 @@ class SpanTable:
             found |= {row["_rowid"]: row_to_chunk(row) for row in table.to_pylist()}
         return found
 
+    def texts(self, row_ids: Sequence[int]) -> Iterator[tuple[int, str, str]]:
+        """(row id, chunk id, text) of those of the given rows that exist, in no particular order and unchecked."""
+        options = {"filter": _row_filter(row_ids)} if len(row_ids) <= 4096 else {}
+        wanted = set(row_ids)
+        if not wanted:
+            return
+        with _panics_are_errors():
+            scanner = self._dataset.scanner(columns=["chunk_id", "text"], fragments=self._good, with_row_id=True,
+                                            **options)
+            for batch in scanner.to_batches():
+                columns = (batch[name].to_pylist() for name in ("_rowid", "chunk_id", "text"))
+                yield from (entry for entry in zip(*columns, strict=True) if entry[0] in wanted)
+
     def read_rows(self, row_ids: Sequence[int]) -> dict[int, tuple[Chunk, MemorySpan, NDArray[np.float32]]]:
         """Row id -> (chunk, span, vector (vector_size,)), checked against the checksum.
 

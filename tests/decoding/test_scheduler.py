@@ -6,6 +6,8 @@ import asyncio
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -682,3 +684,19 @@ def test_rows_that_cannot_be_admitted_leave_the_others_as_they_were(decoder: Fro
     while loop.rows:
         loop.advance()
     assert request.generation == decoder.generate([ids(1, 5)], GenerationSettings(12))
+
+
+def test_a_program_may_end_in_the_middle_of_an_answer() -> None:
+    """A thread inside the decoder when Python ends would abort the process."""
+    program = (
+        "from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, RequestScheduler\n"
+        "from tests.tiny_models import tiny_backbone\n"
+        "decoder = FrozenDecoder(tiny_backbone('llama'))\n"
+        "decoder.end_ids = frozenset({-1})\n"
+        "scheduler = RequestScheduler(decoder)\n"
+        "tickets = [scheduler.submit(['hello'], GenerationSettings(max_new_tokens=100000)) for _ in range(4)]\n"
+        "print(len(next(tickets[0].pieces())) > 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False,
+                          timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from weakref import WeakValueDictionary
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import get_config_list, run_in_executor
@@ -28,6 +29,7 @@ from ctxcomp_rag import (
     UnsupportedModelError,
 )
 from langchain_ctxcomp.messages import read_messages, without_system
+from langchain_ctxcomp.minting import OnError
 from langchain_ctxcomp.scope import current_scope, scope_of
 
 _OPENED: WeakValueDictionary[tuple[str, str | None], SpanChat] = WeakValueDictionary()
@@ -45,6 +47,10 @@ class ChatCtxcomp(BaseChatModel):
         max_tokens, temperature, top_p, stop, seed: as in `GenerationSettings`; calls may override them.
         allow_text_references: look for references in the text of system messages and of the last human message, as
             chains that only know text bring them (`SPAN_DOCUMENT_PROMPT`). Off, only "span" blocks are resolved.
+        on_error: what happens to a span that cannot be read: its text is shown, and counted in
+            `response_metadata["ctxcomp"]["rejected"]`, or the error is raised.
+
+    With neither `chat` nor `index`, the environment decides: CTXCOMP_INDEX, and CTXCOMP_MODEL where it is set.
     """
 
     index: str | None = None
@@ -55,14 +61,18 @@ class ChatCtxcomp(BaseChatModel):
     stop: list[str] | None = None
     seed: int = 0
     allow_text_references: bool = False
+    on_error: OnError = "text"
     _chat: SpanChat = PrivateAttr()
 
     def __init__(self, chat: SpanChat | None = None, **kwargs: Any) -> None:
+        if chat is None and kwargs.get("index") is None:
+            kwargs["index"] = os.environ.get("CTXCOMP_INDEX")
+            kwargs["model"] = kwargs.get("model") or os.environ.get("CTXCOMP_MODEL")
         super().__init__(**kwargs)
         if (chat is None) == (self.index is None):
-            raise InputError("expected either a SpanChat or the folder of an index: ChatCtxcomp(chat) or "
-                             "ChatCtxcomp(index='kb')")
-        self._chat = chat if chat is not None else _opened(str(self.index), self.model)
+            raise InputError("expected either a SpanChat or the folder of an index: ChatCtxcomp(chat), "
+                             "ChatCtxcomp(index='kb'), or the environment variable CTXCOMP_INDEX")
+        self._chat = SpanChat.require(chat) if chat is not None else _opened(str(self.index), self.model)
         self._settings(None, {})
 
     @property
@@ -205,11 +215,11 @@ class ChatCtxcomp(BaseChatModel):
     def _prompt(self, messages: Sequence[BaseMessage], scope: str) -> ChatPrompt:
         turns = read_messages(messages, self._chat.with_references if self.allow_text_references else None)
         try:
-            return self._chat.prompt(turns, scope)
+            return self._chat.prompt(turns, scope, on_error=self.on_error)
         except UnsupportedModelError:
             if not any(t.role == "system" for t in turns):
                 raise
-            return self._chat.prompt(without_system(turns), scope)
+            return self._chat.prompt(without_system(turns), scope, on_error=self.on_error)
 
     def _settings(self, stop: list[str] | None, kwargs: dict[str, Any]) -> GenerationSettings:
         chosen = {n: kwargs[n] if kwargs.get(n) is not None else getattr(self, n)
@@ -219,13 +229,13 @@ class ChatCtxcomp(BaseChatModel):
                                   top_p=chosen["top_p"], seed=chosen["seed"], stop=tuple(ends or ()))
 
     def _result(self, prompt: ChatPrompt, made: Generation) -> ChatResult:
-        message = AIMessage(made.text.strip(), usage_metadata=_usage(made),
+        message = AIMessage(made.text.strip(), usage_metadata=_usage(prompt, made),
                             response_metadata=self._metadata(prompt, made))
         return ChatResult(generations=[ChatGeneration(message=message)])
 
     def _last_chunk(self, prompt: ChatPrompt, made: Generation) -> ChatGenerationChunk:
         return ChatGenerationChunk(message=AIMessageChunk(
-            content="", usage_metadata=_usage(made), response_metadata=self._metadata(prompt, made),
+            content="", usage_metadata=_usage(prompt, made), response_metadata=self._metadata(prompt, made),
             chunk_position="last"))
 
     def _metadata(self, prompt: ChatPrompt, made: Generation) -> dict[str, Any]:
@@ -235,9 +245,13 @@ class ChatCtxcomp(BaseChatModel):
                             "rejected": dict(prompt.rejected)}}
 
 
-def _usage(made: Generation) -> UsageMetadata:
+def _usage(prompt: ChatPrompt, made: Generation) -> UsageMetadata:
+    """Positions, slots included; `cache_read` are those that came as stored keys and values, `cache_creation` those
+    that this call has put into memory for the next one."""
     positions, answered = made.usage.positions, made.completion_tokens
-    return UsageMetadata(input_tokens=positions, output_tokens=answered, total_tokens=positions + answered)
+    details = InputTokenDetails(cache_read=prompt.cache_read(made.usage), cache_creation=prompt.prerolled_now)
+    return UsageMetadata(input_tokens=positions, output_tokens=answered, total_tokens=positions + answered,
+                         input_token_details=details)
 
 
 def _opened(index: str, model: str | None) -> SpanChat:

@@ -7,7 +7,7 @@ from typing import Any
 
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage
 
-from ctxcomp_rag import ChatTurn, InputError, SpanReference
+from ctxcomp_rag import ChatTurn, InputError, SpanReference, context_places
 
 _SEPARATOR = "\n\n"
 
@@ -20,18 +20,21 @@ def read_messages(messages: Sequence[BaseMessage], scan: Callable[[str], tuple[C
     """Turns with alternating roles; neighbours of one role become one turn, as chat templates expect.
 
     Args:
-        scan: finds references in plain text; used on system messages and the last human one, where a chain puts its
-            context, never on what was said before.
+        scan: finds references in plain text; used where a chain puts its context (`context_places`), never on what was
+            said before.
 
     Raises:
         InputError: there is something else than text and spans.
     """
-    last = max((i for i, m in enumerate(messages) if isinstance(m, HumanMessage)), default=-1)
+    roles = [_role(message) for message in messages]
+    human = [isinstance(message, HumanMessage) for message in messages]
+    places = context_places([r if r != "user" or h else "tool" for r, h in zip(roles, human, strict=True)])
     turns: list[ChatTurn] = []
     for i, message in enumerate(messages):
-        looking = scan if i == last or isinstance(message, SystemMessage) else None
-        content = tuple(c for block in _blocks(message) for c in _content(block, looking))
-        role = _role(message)
+        content = tuple(c for block in _blocks(message) for c in _content(block, scan if i in places else None))
+        role = roles[i]
+        if not human[i] and role != "system":
+            content = tuple(_refused(c) for c in content)
         if turns and turns[-1].role == role:
             turns[-1] = ChatTurn(role, (*turns[-1].content, _SEPARATOR, *content))
         else:
@@ -49,6 +52,13 @@ def without_system(turns: Sequence[ChatTurn]) -> list[ChatTurn]:
     if not rest or rest[0].role != "user":
         return [ChatTurn("user", head[:-1]), *rest]
     return [ChatTurn("user", (*head, *rest[0].content)), *rest[1:]]
+
+
+def _refused(content: Content) -> Content:
+    """Our parts put no span into what a model or a tool said."""
+    if isinstance(content, str):
+        return content
+    return SpanReference("", content.reference if content.text is None else content.text)
 
 
 def _role(message: BaseMessage) -> str:

@@ -2,56 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
-import threading
+import logging
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from typing import Literal
 
 from langchain_core.documents import Document
 
-from ctxcomp_rag import MemoryIndex, SpanChat
+from ctxcomp_rag import CtxcompError, SpanChat, quoted
 from langchain_ctxcomp.chunks import REFERENCE_KEY
 
-
-class _Texts:
-    """Chunk ids by text, so that documents of any retriever find their spans. Rebuilt when the index has changed."""
-
-    def __init__(self) -> None:
-        self._version = -1
-        self._ids: dict[bytes, str] = {}
-        self._lock = threading.Lock()
-
-    def find(self, index: MemoryIndex, text: str) -> str | None:
-        with self._lock:
-            if self._version != index.version:
-                self._version = index.version
-                self._ids = {_digest(chunk.text): chunk.id for chunk in index.chunks()}
-            return self._ids.get(_digest(text))
+logger = logging.getLogger(__name__)
+OnError = Literal["text", "raise"]
 
 
-_TEXTS: WeakKeyDictionary[MemoryIndex, _Texts] = WeakKeyDictionary()
-_LOCK = threading.Lock()
-
-
-def with_references(documents: Sequence[Document], chat: SpanChat, scope: str) -> list[Document]:
-    """Copies of the documents, in order; those whose text is in the index carry `metadata["ctxcomp_ref"]`.
+def with_references(documents: Sequence[Document], chat: SpanChat, scope: str, on_error: OnError) -> list[Document]:
+    """Copies of the documents, in order, with `metadata["ctxcomp_ref"]`: a reference to the span of the text, or, for
+    a document without a span, its text, spelled so that it names no reference.
 
     A span stands for a text: the same text is the same span, whichever store a document comes from.
+
+    Args:
+        on_error: "text" where the index cannot be read: all documents show their text, and the error is logged.
     """
-    with _LOCK:
-        texts = _TEXTS.setdefault(chat.index, _Texts())
-    made = []
-    for document in documents:
-        metadata = {k: v for k, v in document.metadata.items() if k != REFERENCE_KEY}
-        found = texts.find(chat.index, document.page_content)
-        if found is not None and not chat.index.missing([found]):
-            metadata[REFERENCE_KEY] = chat.references.mint(found, scope)
-        made.append(document.model_copy(update={"metadata": metadata}))
-    return made
+    try:
+        found = chat.index.chunks_of_texts([d.page_content for d in documents])
+    except CtxcompError as error:
+        if on_error == "raise":
+            raise
+        logger.warning("documents stay text: %s", error)
+        found = [None] * len(documents)
+    return [_with(document, chat.references.mint(name, scope) if name else quoted(document.page_content))
+            for document, name in zip(documents, found, strict=True)]
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+def without_span(documents: Sequence[Document], chat: SpanChat) -> list[int]:
+    """Places of the documents that have text and no span."""
+    found = chat.index.chunks_of_texts([d.page_content for d in documents])
+    return [i for i, (d, name) in enumerate(zip(documents, found, strict=True))
+            if name is None and d.page_content.strip()]
 
 
-__all__ = ["with_references"]
+def _with(document: Document, shown: str) -> Document:
+    return document.model_copy(update={"metadata": {**document.metadata, REFERENCE_KEY: shown}})
+
+
+__all__ = ["OnError", "with_references", "without_span"]

@@ -12,7 +12,7 @@ from langchain_core.vectorstores import VectorStoreRetriever
 from pydantic import PrivateAttr
 
 from ctxcomp_rag import SpanChat
-from langchain_ctxcomp.minting import with_references
+from langchain_ctxcomp.minting import OnError, with_references
 from langchain_ctxcomp.scope import current_scope, scope_of
 
 
@@ -24,8 +24,10 @@ class SpanRetriever(VectorStoreRetriever):
 
     Args:
         chat: whose references they are; without one, documents come back as the store has them.
+        on_error: what happens if spans cannot be looked up: the documents stay text, or the error is raised.
     """
 
+    on_error: OnError = "text"
     _chat: SpanChat | None = PrivateAttr(default=None)
 
     def __init__(self, *, chat: SpanChat | None = None, **kwargs: Any) -> None:
@@ -43,7 +45,8 @@ class SpanRetriever(VectorStoreRetriever):
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **kwargs: Any
                                 ) -> list[Document]:
         found = super()._get_relevant_documents(query, run_manager=run_manager, **kwargs)
-        return with_references(found, self._chat, current_scope(self._chat)) if self._chat else found
+        return (with_references(found, self._chat, current_scope(self._chat), self.on_error) if self._chat
+                else found)
 
     async def _aget_relevant_documents(self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun,
                                        **kwargs: Any) -> list[Document]:
@@ -51,7 +54,7 @@ class SpanRetriever(VectorStoreRetriever):
         if self._chat is None:
             return found
         scope = current_scope(self._chat)
-        return await run_in_executor(None, with_references, found, self._chat, scope)
+        return await run_in_executor(None, with_references, found, self._chat, scope, self.on_error)
 
 
 __all__ = ["SpanRetriever"]

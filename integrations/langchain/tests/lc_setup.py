@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnablePassthrough
@@ -12,6 +13,7 @@ from langchain_core.runnables import Runnable, RunnablePassthrough
 from ctxcomp_rag import CompressedRAG, Compressor, SpanChat
 from ctxcomp_rag.evaluation.fictional import generate_corpus
 from langchain_ctxcomp import ChatCtxcomp, EncoderEmbeddings, SpanPrompt, SpanVectorStore
+from langchain_ctxcomp.scope import SCOPE_KEY
 
 CORPUS = generate_corpus(8, seed=21)
 QUESTIONS = [d.questions[0].question for d in CORPUS]
@@ -44,3 +46,19 @@ class Setup:
         retriever = self.store.as_retriever(search_kwargs={"k": 3})
         return ({"context": retriever, "question": RunnablePassthrough()} | SpanPrompt(PROMPT)
                 | self.model(**settings) | StrOutputParser())
+
+
+def about(message: Any) -> dict[str, Any]:
+    assert isinstance(message, AIMessage)
+    found: dict[str, Any] = message.response_metadata["ctxcomp"]
+    return found
+
+
+def references(setup: Setup, scope: str, question: str = QUESTIONS[0]) -> list[str]:
+    documents = setup.store.as_retriever(search_kwargs={"k": 2}).invoke(
+        question, config={"configurable": {SCOPE_KEY: scope}})
+    return [d.metadata["ctxcomp_ref"] for d in documents]
+
+
+def block(reference: str, text: str = "what it stands for") -> dict[str, str]:
+    return {"type": "span", "ref": reference, "text": text}

@@ -113,10 +113,24 @@ def test_parts_that_do_not_belong_together_are_refused(setup: Setup, store: Span
 
 
 def test_a_model_needs_either_a_chat_or_an_index(setup: Setup) -> None:
-    with pytest.raises(InputError, match="either a SpanChat or the folder of an index"):
+    with pytest.raises(InputError, match=r"either a SpanChat or .* variable CTXCOMP_INDEX"):
         ChatCtxcomp()
     with pytest.raises(InputError, match="either a SpanChat or the folder of an index"):
         ChatCtxcomp(setup.chat, index="kb")
+
+
+@pytest.mark.parametrize("part", [ChatCtxcomp, SpanDocumentCompressor])
+def test_a_folder_in_the_place_of_a_chat_is_answered_with_what_to_type(part: type) -> None:
+    with pytest.raises(InputError, match=r"expected a SpanChat, got str 'kb'; open one with SpanChat.open\(folder\)"):
+        part("kb")
+
+
+def test_the_environment_names_an_index_only_where_nothing_else_does(setup: Setup, store: SpanVectorStore,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CTXCOMP_INDEX", str(store.index.path))
+    assert ChatCtxcomp(setup.chat).span_chat is setup.chat
+    assert ChatCtxcomp(index=str(setup.rag.memory.path)).span_chat.index.path == setup.rag.memory.path
+    assert ChatCtxcomp().span_chat.index.path == store.index.path
 
 
 def test_a_model_named_by_its_index_shares_the_decoder_and_opens_a_closed_one_again(store: SpanVectorStore) -> None:

@@ -14,29 +14,14 @@ from langchain_core.documents import Document
 from langchain_core.globals import set_llm_cache
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
-from lc_setup import CORPUS, PROMPT, QUESTIONS, Setup
+from langchain_text_splitters import CharacterTextSplitter
+from lc_setup import CORPUS, PROMPT, QUESTIONS, Setup, about, block, references
 
 from ctxcomp_rag import GenerationSettings, SpanChat, SpanReferenceError, new_scope
 from langchain_ctxcomp import SPAN_DOCUMENT_PROMPT, ChatCtxcomp, SpanDocumentCompressor, SpanPrompt, with_span_scope
 from langchain_ctxcomp.scope import SCOPE_KEY, current_scope
 
 STUFF = ChatPromptTemplate.from_messages([("human", "{context}\n\nQuestion: {input}")])
-
-
-def about(message: Any) -> dict[str, Any]:
-    assert isinstance(message, AIMessage)
-    found: dict[str, Any] = message.response_metadata["ctxcomp"]
-    return found
-
-
-def references(setup: Setup, scope: str, question: str = QUESTIONS[0]) -> list[str]:
-    documents = setup.store.as_retriever(search_kwargs={"k": 2}).invoke(
-        question, config={"configurable": {SCOPE_KEY: scope}})
-    return [d.metadata["ctxcomp_ref"] for d in documents]
-
-
-def block(reference: str, text: str = "what it stands for") -> dict[str, str]:
-    return {"type": "span", "ref": reference, "text": text}
 
 
 def test_retrieved_documents_keep_their_text_and_carry_a_reference(setup: Setup) -> None:
@@ -82,16 +67,32 @@ def test_history_and_answers_never_name_a_span(setup: Setup) -> None:
     assert about(said)["spans"] == 0
 
 
-def test_a_cut_reference_stays_text_at_every_byte_and_is_counted(setup: Setup) -> None:
+@pytest.mark.parametrize("where", ["head", "tail", "both pieces"])
+def test_a_reference_cut_at_any_byte_stays_text_and_is_counted(setup: Setup, where: str) -> None:
+    """As a splitter with any chunk size leaves it."""
     scope = new_scope()
     (mine, _) = references(setup, scope)
-    before = setup.chat.references.rejected["cut"]
-    cuts = range(len("[[span:"), len(mine))
-    for cut in cuts:
-        assert setup.chat.with_references(mine[:cut]) == (mine[:cut],)
-    assert setup.chat.references.rejected["cut"] == before + len(cuts)
-    said = setup.model(allow_text_references=True).invoke(mine[:30], config={"configurable": {SCOPE_KEY: scope}})
+    model = setup.model(allow_text_references=True)
+    for cut in range(1, len(mine)):
+        pieces = {"head": [mine[:cut]], "tail": [mine[cut:]], "both pieces": [mine[:cut], mine[cut:]]}[where]
+        prompt = model._prompt([HumanMessage("\n\n".join([*pieces, "Question: who?"]))], scope)
+        assert prompt.chunk_ids == ()
+        assert set(prompt.rejected) <= {"cut"}
+        assert where != "both pieces" or prompt.rejected["cut"] == 1
+
+
+def test_a_splitter_behind_the_compressor_breaks_references_and_splices_nothing(setup: Setup) -> None:
+    scope = new_scope()
+    (mine, _) = references(setup, scope)
+    cut = CharacterTextSplitter(separator="", chunk_size=20, chunk_overlap=0).split_text(mine)
+    assert len(cut) > 1
+    said = setup.model(allow_text_references=True).invoke("\n\n".join(cut), config={"configurable": {SCOPE_KEY: scope}})
     assert about(said)["spans"] == 0
+    assert about(said)["rejected"] == {"cut": 1}
+    strict = SpanChat(setup.rag.backbone, setup.rag.memory, on_invalid="raise")
+    with pytest.raises(SpanReferenceError, match="do not split text that holds references"):
+        ChatCtxcomp(strict, allow_text_references=True).invoke("\n\n".join(cut))
+    strict.scheduler.close()
 
 
 def test_nobody_can_make_a_call_fail_by_typing_the_beginning_of_a_reference(setup: Setup) -> None:

@@ -10,10 +10,14 @@ from ctxcomp_rag import ChatPrompt, Generation
 
 
 def usage_of(prompt: ChatPrompt, made: Generation) -> dict[str, Any]:
-    """`usage` counts positions of the decoder, slots included; `ctxcomp` says what they are made of."""
+    """`usage` counts positions of the decoder, slots included; `ctxcomp` says what they are made of.
+
+    `cached_tokens` are positions that came as stored keys and values, so that no layer computed them.
+    """
     positions, completion = made.usage.positions, made.completion_tokens
     return {
-        "usage": {"prompt_tokens": positions, "completion_tokens": completion, "total_tokens": positions + completion},
+        "usage": {"prompt_tokens": positions, "completion_tokens": completion, "total_tokens": positions + completion,
+                  "prompt_tokens_details": {"cached_tokens": prompt.cache_read(made.usage)}},
         "finish_reason": made.finish_reason,
         "ctxcomp": {"spans": len(prompt.chunk_ids), "slots": made.usage.slots, "text_tokens": made.usage.text_tokens,
                     "source_tokens": made.usage.source_tokens, "rejected": dict(prompt.rejected)},

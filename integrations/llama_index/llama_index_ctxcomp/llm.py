@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -41,6 +41,8 @@ class CtxcompLLM(CustomLLM):
         chat: the decoder, the index and the references.
         scope: allows references as text, if they were minted in this scope; see `SpanPostprocessor`.
         max_tokens, temperature, top_p, stop, seed: as in `GenerationSettings`; calls may override them.
+        on_error: what happens to a span that cannot be read: its text is shown, and counted in
+            `raw["ctxcomp"]["rejected"]`, or the error is raised.
     """
 
     max_tokens: int = Field(default=64, description="Upper bound on generated tokens.")
@@ -48,6 +50,7 @@ class CtxcompLLM(CustomLLM):
     top_p: float = Field(default=1.0, description="Sample from the smallest set that reaches this probability.")
     stop: tuple[str, ...] = Field(default=(), description="The answer ends before the first of these strings.")
     seed: int = Field(default=0, description="Seed of the sampling.")
+    on_error: Literal["text", "raise"] = Field(default="text", description="What to do if a span cannot be read.")
     _chat: SpanChat = PrivateAttr()
     _scope: str | None = PrivateAttr(default=None)
 
@@ -55,7 +58,7 @@ class CtxcompLLM(CustomLLM):
         super().__init__(**kwargs)
         if scope == "":
             raise InputError("expected a scope, got an empty one; use new_scope(), or leave it out")
-        self._chat, self._scope = chat, scope
+        self._chat, self._scope = SpanChat.require(chat), scope
         self._settings({})
 
     @classmethod
@@ -156,7 +159,7 @@ class CtxcompLLM(CustomLLM):
         turns, scope = read_messages(messages, self._chat, self._scope)
         if not any(turn.content for turn in turns):
             raise InputError("expected a message with text or spans, got none")
-        return self._chat.prompt(turns, scope)
+        return self._chat.prompt(turns, scope, on_error=self.on_error)
 
     def _settings(self, kwargs: dict[str, Any]) -> GenerationSettings:
         unknown = sorted(set(kwargs) - set(_SETTINGS))

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock, ThinkingBlock
 
-from ctxcomp_rag import ChatTurn, InputError, SpanChat, SpanReference, find_references, new_scope, with_references
+from ctxcomp_rag import ChatTurn, InputError, SpanChat, SpanReference, context_places, find_references, new_scope
 from llama_index_ctxcomp.blocks import SpanBlock
 from llama_index_ctxcomp.minted import ledger_of
-from llama_index_ctxcomp.nodes import holds_reference
 
 _ROLES = {
     MessageRole.SYSTEM: "system", MessageRole.DEVELOPER: "system",
@@ -20,20 +19,18 @@ _ROLES = {
 def read_messages(messages: Sequence[ChatMessage], chat: SpanChat, scope: str | None) -> tuple[list[ChatTurn], str]:
     """Turns, and the scope in which their references are to be resolved.
 
-    References in text are looked for where a synthesizer puts its context: in the last user message and in system
-    messages, never in what was said before. Only with a scope, and only in plain `TextBlock`s.
+    References in text are looked for where a synthesizer puts its context (`context_places`), never in what was said
+    before. Only with a scope, and only in plain `TextBlock`s.
 
     Raises:
-        SpanReferenceError: a reference in the context was cut.
         InputError: there is something else than text and spans.
     """
     blocks = [b for m in messages for b in m.blocks if isinstance(b, SpanBlock)]
     used = scope or (blocks[0].minted.scope if blocks else new_scope())
-    last = max((i for i, m in enumerate(messages) if m.role == MessageRole.USER), default=-1)
+    places = context_places(["user" if m.role == MessageRole.USER else _ROLES.get(m.role, "tool") for m in messages])
     turns = []
     for i, message in enumerate(messages):
-        context = i == last or _ROLES.get(message.role) == "system"
-        content = tuple(c for b in message.blocks for c in _content(b, chat, scope, context))
+        content = tuple(c for b in message.blocks for c in _content(b, chat, scope, i in places))
         turns.append(ChatTurn(_ROLES.get(message.role, "user"), content))
     return turns, used
 
@@ -46,7 +43,7 @@ def _content(block: object, chat: SpanChat, scope: str | None, context: bool) ->
     if not isinstance(block, TextBlock):
         raise InputError(f"expected messages of text and spans, got a {type(block).__name__}; this decoder reads no "
                          "other content, leave it out")
-    if type(block) is not TextBlock or not context or not holds_reference(block.text):
+    if type(block) is not TextBlock or not context:
         return (block.text,)
     return _scanned(block.text, chat, scope)
 
@@ -60,7 +57,7 @@ def _scanned(text: str, chat: SpanChat, scope: str | None) -> tuple[str | SpanRe
                              "SpanSynthesizer")
         return (text,)
     found = []
-    for piece in with_references(text):
+    for piece in chat.with_references(text):
         if isinstance(piece, SpanReference) and (minted := ledger.find(piece.reference, scope)) is not None:
             piece = SpanReference(piece.reference, minted.text)
         found.append(piece)

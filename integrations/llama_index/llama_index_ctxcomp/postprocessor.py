@@ -36,7 +36,8 @@ class SpanPostprocessor(BaseNodePostprocessor):
             one per tenant or conversation, the same as the model's. Without one, every call has a scope of its own
             and only `SpanSynthesizer` sees references; others read the text.
         on_missing: what happens to a node without a span: it stays text, is compressed now, or an error is raised.
-        on_error: what happens to a node whose span cannot be read or made: it stays text, or the error is raised.
+        on_error: what happens to a node whose span cannot be read or made (also where the embedding model fails): it
+            stays text and the error is logged, or the error is raised.
         compressor, embed_model: needed to compress now; the embedding model is the one the index was made with.
     """
 
@@ -51,6 +52,7 @@ class SpanPostprocessor(BaseNodePostprocessor):
                  on_error: OnError = "text", compressor: Compressor | None = None,
                  embed_model: BaseEmbedding | None = None, **kwargs: Any) -> None:
         super().__init__(**{"on_missing": on_missing, "on_error": on_error, **kwargs})
+        SpanChat.require(chat)
         if scope == "":
             raise InputError("expected a scope, got an empty one; use new_scope(), or leave it out")
         if on_missing == "compress":
@@ -121,10 +123,14 @@ class SpanPostprocessor(BaseNodePostprocessor):
             for node, row in zip(nodes, self._embed_model.get_text_embedding_batch(texts), strict=True):
                 node.embedding = row
             self._writer.write(nodes)
-        except CtxcompError as error:
-            self._failed(error)
+        except Exception as error:
+            if self.on_error == "raise" or len(found) == 1:
+                self._failed(error)
+                return
+            for each in found:  # one that cannot be compressed must not take the others with it
+                self._compress([each])
 
-    def _failed(self, error: CtxcompError) -> None:
+    def _failed(self, error: Exception) -> None:
         if self.on_error == "raise":
             raise error
         logger.warning("a node stays text: %s", error)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from li_setup import QUESTIONS, RecordingLLM, Setup, node
 from llama_index.core.llms import ChatMessage, ImageBlock, MockLLM
+from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
 
-from ctxcomp_rag import InputError, MemoryIndex, RetrievedSpan, SpanChat
+from ctxcomp_rag import InputError, MemoryIndex, RetrievedSpan, SoftSpan, SpanChat
 from ctxcomp_rag.errors import IndexDamagedError
-from llama_index_ctxcomp import CtxcompLLM, PromptError, SpanNode, SpanPostprocessor, SpanSynthesizer
+from llama_index_ctxcomp import (
+    CtxcompLLM,
+    EncoderEmbedding,
+    PromptError,
+    SpanNode,
+    SpanPostprocessor,
+    SpanSynthesizer,
+    SpanVectorStore,
+)
+from llama_index_ctxcomp.chunks import chunk_id
 
 
 class DamagedIndex(MemoryIndex):
@@ -67,6 +78,87 @@ def test_a_damaged_span_is_text_or_raised_and_takes_no_other_with_it(setup: Setu
         assert [isinstance(n.node, SpanNode) for n in out] == [True, False, True]
         with pytest.raises(IndexDamagedError, match="not those that were written"):
             SpanPostprocessor(chat, on_error="raise").postprocess_nodes(found)
+
+
+@pytest.fixture
+def spoiled(setup: Setup, tmp_path: Path) -> Iterator[tuple[SpanChat, list[NodeWithScore]]]:
+    """Nodes with references, of which the second span has lost a bit on the disk since."""
+    index = MemoryIndex.create(tmp_path / "kb", setup.compressor.spec, vector_size=8, retrieval_encoder="axes")
+    SpanVectorStore(index, setup.compressor).add([node(f"The {n} text of three.", n, vector=i)
+                                                  for i, n in enumerate(("first", "second", "third"))])
+    found = SpanVectorStore(index).get_nodes()
+    span = index.get([chunk_id(found[1])])[0].span
+    assert isinstance(span, SoftSpan)
+    lost = span.embeds.numpy().tobytes()[:64]
+    chat = SpanChat(setup.rag.backbone, index)
+    nodes = SpanPostprocessor(chat, scope="alice").postprocess_nodes([NodeWithScore(node=n, score=0.5) for n in found])
+    (file,) = [f for f in (index.path / "spans.lance" / "data").rglob("*.lance") if lost in f.read_bytes()]
+    content = bytearray(file.read_bytes())
+    content[content.index(lost) + 5] ^= 1
+    file.write_bytes(bytes(content))
+    index.close()
+    with SpanChat(setup.rag.backbone, MemoryIndex.open(index.path, read_only=True),
+                  references=chat.references) as reader:
+        yield reader, nodes
+
+
+async def test_a_span_damaged_after_retrieval_is_text_or_raised_by_model_and_synthesizer(
+        spoiled: tuple[SpanChat, list[NodeWithScore]], caplog: pytest.LogCaptureFixture) -> None:
+    chat, nodes = spoiled
+    llm = RecordingLLM(chat, scope="alice", max_tokens=2)
+    strict = RecordingLLM(chat, scope="alice", max_tokens=2, on_error="raise")
+    response = SpanSynthesizer(llm).synthesize("Which?", nodes)
+    assert (len(llm.spliced), llm.rejected) == (2, {"damaged": 1})
+    assert "The second text of three." in llm.text
+    assert [n.node.node_id for n in response.source_nodes] == [n.node.node_id for n in nodes]
+    assert "a span stays text: chunk" in caplog.text
+    with pytest.raises(IndexDamagedError, match="do not match their checksum"):
+        SpanSynthesizer(strict).synthesize("Which?", nodes)
+    with pytest.raises(IndexDamagedError, match="do not match their checksum"):
+        await SpanSynthesizer(strict).asynthesize("Which?", nodes)
+    with pytest.raises(IndexDamagedError, match="do not match their checksum"):
+        SpanSynthesizer(strict, streaming=True).synthesize("Which?", nodes)
+    with pytest.raises(IndexDamagedError, match="do not match their checksum"):
+        get_response_synthesizer(llm=strict, response_mode="compact").synthesize("Which?", nodes)
+
+
+class Unreachable(EncoderEmbedding):
+    """Embeddings of a service that does not answer when asked to embed a certain text."""
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        if any("unlucky" in text for text in texts):
+            raise ConnectionError("the embedding service does not answer")
+        return super()._get_text_embeddings(texts)
+
+
+def test_what_cannot_be_compressed_now_stays_text_and_takes_no_other_with_it(
+        setup: Setup, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = MemoryIndex.create(tmp_path / "kb", setup.compressor.spec, vector_size=384,
+                               retrieval_encoder=setup.embedding.model_name)
+    chat = SpanChat(setup.rag.backbone, index)
+    found = [NodeWithScore(node=node(text, text, n=i), score=i / 10)
+             for i, text in enumerate(("An unlucky text.", "A lucky one.", "Another one."))]
+    making = {"on_missing": "compress", "compressor": setup.compressor, "embed_model": Unreachable(setup.rag.encoder)}
+    out = SpanPostprocessor(chat, **making).postprocess_nodes(found)  # type: ignore[arg-type]
+    assert [isinstance(n.node, SpanNode) for n in out] == [False, True, True]
+    assert [(n.node.node_id, n.score, n.node.metadata) for n in out] == [
+        (n.node.node_id, n.score, n.node.metadata) for n in found]
+    assert "the embedding service does not answer" in caplog.text
+    with pytest.raises(ConnectionError, match="does not answer"):
+        SpanPostprocessor(chat, on_error="raise", **making).postprocess_nodes(found)  # type: ignore[arg-type]
+    chat.close()
+
+
+@pytest.mark.parametrize("part", [SpanPostprocessor, CtxcompLLM])
+def test_what_to_do_on_an_error_is_one_of_two(setup: Setup, part: type) -> None:
+    with pytest.raises(ValueError, match="Input should be 'text' or 'raise'"):
+        part(setup.chat, on_error="ignore")
+
+
+@pytest.mark.parametrize("part", [SpanPostprocessor, CtxcompLLM])
+def test_a_folder_in_the_place_of_a_chat_is_answered_with_what_to_type(part: type) -> None:
+    with pytest.raises(InputError, match=r"expected a SpanChat, got str 'kb'; open one with SpanChat.open\(folder\)"):
+        part("kb")
 
 
 def test_a_chunk_deleted_after_retrieval_is_read_as_text(setup: Setup, empty) -> None:  # type: ignore[no-untyped-def]

@@ -30,12 +30,17 @@ def test_an_ingestion_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
     assert int(second.split()[3]) < nodes
 
 
-def test_the_quick_start_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     names: dict[str, object] = {}
-    quick_start, _, other_modes = re.findall(r"```python\n(.*?)```", readme, re.S)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "lighthouse.txt").write_text("The lighthouse of Brel is 31 metres tall.")
+    quick_start, ingestion, other_modes = re.findall(r"```python\n(.*?)```", readme, re.S)
     exec(quick_start, names)
-    exec(other_modes, names)
     assert capsys.readouterr().out.endswith("]\n")
+    exec(ingestion, names)
+    assert len(names["rag"].memory) == 2  # type: ignore[attr-defined]
+    exec(other_modes, names)
+    assert capsys.readouterr().out.strip()

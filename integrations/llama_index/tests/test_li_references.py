@@ -136,17 +136,27 @@ def test_control_tokens_in_untrusted_text_are_spelled_out(setup: Setup, llm: Rec
     assert not set(tokenizer.encode(evil)) & tokenizer.control_ids
 
 
-def test_a_reference_cut_anywhere_splices_nothing(setup: Setup, llm: RecordingLLM) -> None:
+@pytest.mark.parametrize("on_invalid", ["text", "raise"])
+def test_a_reference_cut_at_any_byte_splices_nothing_and_is_counted_or_raised(setup: Setup, on_invalid: str) -> None:
+    chat = SpanChat(setup.rag.backbone, setup.rag.memory, references=setup.chat.references,
+                    on_invalid=on_invalid)  # type: ignore[arg-type]
+    llm = RecordingLLM(chat, scope="alice", max_tokens=2)
     live = minted(setup, "alice").reference
     for cut in range(1, len(live)):
-        for piece in (live[:cut], live[cut:]):
-            message = [ChatMessage(role=MessageRole.USER, content=f"Context: {piece} Question: why?")]
-            if piece.startswith("[[span:"):
-                with pytest.raises(SpanReferenceError, match="was cut"):
-                    llm._prompt(message)
-            else:
+        message = [ChatMessage(role=MessageRole.USER, content=f"Context: {live[:cut]}\n{live[cut:]} Question: why?")]
+        before = chat.references.rejected["cut"]
+        if on_invalid == "raise":
+            with pytest.raises(SpanReferenceError, match="do not split text that holds references"):
                 llm._prompt(message)
-    assert llm.spliced == []
+        else:
+            prompt = llm._prompt(message)
+            assert (prompt.chunk_ids, prompt.rejected) == ((), {"cut": 1})
+        assert chat.references.rejected["cut"] == before + 1
+
+
+def test_nobody_can_make_a_call_fail_by_typing_the_beginning_of_a_reference(setup: Setup, llm: RecordingLLM) -> None:
+    ask(setup, llm, "What is [[span: and [[span:AAAA?", setup.retrieved(QUESTIONS[0], top_k=1), stock=True)
+    assert (len(llm.spliced), llm.rejected) == (1, {"cut": 1})
 
 
 def test_a_stream_is_read_after_the_scope_has_ended(setup: Setup) -> None:

@@ -8,8 +8,8 @@ from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextC
 from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.core.schema import MetadataMode, NodeWithScore
 
-from ctxcomp_rag import InputError
-from llama_index_ctxcomp import PromptError, span_prompt_helper
+from ctxcomp_rag import InputError, SpanChat
+from llama_index_ctxcomp import PromptError, SpanPostprocessor, span_prompt_helper
 
 SCOPE = "tenant-1"
 MODES = ["compact", "refine", "tree_summarize", "accumulate", "compact_accumulate"]
@@ -54,14 +54,24 @@ def test_a_small_window_takes_more_calls_and_no_call_overflows(setup: Setup) -> 
     assert calls[860] > 1
 
 
-def test_the_default_prompt_helper_may_cut_a_reference_and_that_is_refused(setup: Setup) -> None:
+@pytest.mark.parametrize("on_invalid", ["text", "raise"])
+def test_the_default_prompt_helper_may_cut_a_reference_and_that_is_counted_or_raised(setup: Setup,
+                                                                                     on_invalid: str) -> None:
     from llama_index.core.indices.prompt_helper import PromptHelper
 
-    llm = RecordingLLM(setup.chat, scope=SCOPE, max_tokens=2)
-    nodes = setup.postprocessor(SCOPE).postprocess_nodes(setup.retrieved(QUESTIONS[0], top_k=2))
+    chat = SpanChat(setup.rag.backbone, setup.rag.memory, on_invalid=on_invalid)  # type: ignore[arg-type]
+    llm = RecordingLLM(chat, scope=SCOPE, max_tokens=2)
+    nodes = SpanPostprocessor(chat, scope=SCOPE).postprocess_nodes(setup.retrieved(QUESTIONS[0], top_k=2))
     helper = PromptHelper.from_llm_metadata(llm.metadata, chunk_size_limit=8)
-    with pytest.raises(PromptError, match="reference to a span was cut"):
-        get_response_synthesizer(llm=llm, prompt_helper=helper).synthesize(QUESTIONS[0], nodes)
+    synthesizer = get_response_synthesizer(llm=llm, prompt_helper=helper)
+    if on_invalid == "raise":
+        with pytest.raises(PromptError, match="reference to a span was cut"):
+            synthesizer.synthesize(QUESTIONS[0], nodes)
+    else:
+        synthesizer.synthesize(QUESTIONS[0], nodes)
+        assert llm.spliced == []
+        assert llm.rejected.keys() == {"cut"}
+    chat.scheduler.close()
 
 
 def test_without_a_scope_the_synthesizers_of_the_framework_read_the_text(setup: Setup) -> None:
