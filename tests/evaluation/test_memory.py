@@ -41,7 +41,7 @@ def allocated_peak(work: Any) -> int:
 def test_reading_into_a_pot_takes_the_same_memory_however_long_the_text(repeats: bool) -> None:
     config = InfiniPotConfig(pot_tokens=96, step_tokens=32)
     compressor = InfiniPotCompressor(tiny_backbone("llama"), config.repeating() if repeats else config)
-    short, long = (allocated_peak(lambda n=n: compressor.distilled([7, 8, 9] * n, 12)) for n in (80, 640))
+    short, long = (allocated_peak(lambda n=n: compressor.distilled([7, 8, 9] * n, 12)) for n in (80, 320))
     whole = InfiniPotCompressor(tiny_backbone("llama"), InfiniPotConfig(pot_tokens=512, step_tokens=32))
     assert 0 < long <= 1.05 * short
     assert allocated_peak(lambda: whole.distilled([7, 8, 9] * 150, 450)) > 2 * short
@@ -50,5 +50,5 @@ def test_reading_into_a_pot_takes_the_same_memory_however_long_the_text(repeats:
 def test_reading_within_a_cache_budget_takes_the_same_memory_however_long_the_prompt() -> None:
     decoder = FrozenDecoder(tiny_backbone("llama"), cache_budget=96)
     short, long = (allocated_peak(lambda n=n: decoder.generate([TokenIds((7, 8, 9) * n)], GenerationSettings(1)))
-                   for n in (80, 640))
+                   for n in (80, 320))
     assert 0 < long <= 1.05 * short
