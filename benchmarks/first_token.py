@@ -40,7 +40,8 @@ def chunks_of(backbone: Backbone, count: int, tokens: int) -> list[Chunk]:
 
 def stored(backbone: Backbone, chunks: list[Chunk], factor: float, folder: Path) -> MemoryIndex:
     """An index of the chunks' spans, to be closed by the caller; vectors play no part here."""
-    compressor = InfiniPotCompressor(backbone, InfiniPotConfig(chunk_tokens=2048, compression_factor=factor).repeating())
+    config = InfiniPotConfig(chunk_tokens=2048, compression_factor=factor)
+    compressor = InfiniPotCompressor(backbone, config.repeating())
     index = MemoryIndex.create(folder, compressor.spec, vector_size=1, retrieval_encoder="none")
     index.add(chunks, compressor.compress(chunks), np.ones((len(chunks), 1), np.float32), spec=compressor.spec)
     return index

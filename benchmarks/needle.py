@@ -1,6 +1,6 @@
 """A needle in a haystack beyond the decoder's trained window: position x length, by way of reading, drawn as heat maps.
 
-    python benchmarks/needle.py [--window 576] [--times 1,2,4,8,16] [--depths 5] [--samples 3] [--model DIR] [--out FILE]
+    python benchmarks/needle.py [--window 576] [--times 1,2,4,8,16] [--depths 5] [--samples 3] [--out FILE]
 
 The context is fictional documents that the decoder was not trained on; the question asks for a fact of one of them.
 `--window` is the trained window in tokens: the embedded decoder was trained on up to four documents of 144 tokens, so

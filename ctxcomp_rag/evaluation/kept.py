@@ -1,4 +1,4 @@
-"""What a decoder still knows of single documents whose cache entries are mostly gone: rules and budgets side by side."""
+"""What a decoder still knows of single documents whose cache entries are mostly gone, by rule and budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A needle in a haystack: one fictional document among others, asked for, at every depth of contexts of every length."""
+"""A needle in a haystack: one fictional document among others, asked for, at any depth of contexts of any length."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class NeedleTest:
                         if reader.kind == "budget" else FrozenDecoder(backbone))
 
     def found(self, hay: Haystack) -> float | None:
-        """1.0 for the right answer, 0.0 for another; None where the full cache does not fit into the decoder's window."""
+        """1.0 for the right answer, 0.0 for another; None where a full cache does not fit into the window."""
         parts = self.prompt(hay)
         room = self.backbone.max_positions - _SETTINGS.max_new_tokens
         if self.reader.kind == "full" and lay_out(parts, self.backbone).num_positions > room:

@@ -274,7 +274,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     assert InfiniPotConfig(rule=StreamingLLM(), catalyst="").rule.sink == 4
     with pytest.raises(InputError, match="number of slots or of bytes, got num_slots=3 and span_bytes=100"):
         InfiniPotConfig(num_slots=3, span_bytes=100)
-    with pytest.raises(InputError, match="adds up over all pots; expected .* reduce='max' or 'sum', got 'mean'"):
+    with pytest.raises(InputError, match=r"adds up over all pots; expected .* reduce='max' or 'sum', got 'mean'"):
         InfiniPotConfig(rule=CaP("mean"), repeats=True)
 
 

@@ -47,7 +47,7 @@ def test_a_cut_prompt_keeps_both_ends_and_leaves_room_for_the_answer() -> None:
     spelled = BACKBONE.tokenizer.decode(piece.ids)  # type: ignore[union-attr]
     assert BACKBONE.tokenizer.decode(ids[:20]) in spelled
     assert BACKBONE.tokenizer.decode(ids[-20:]) in spelled
-    with pytest.raises(InputError, match="a cache of 40 entries has no room for context.*expected at least"):
+    with pytest.raises(InputError, match=r"a cache of 40 entries has no room for context.*expected at least"):
         NeedleTest(BACKBONE, BY_NAME["truncation"], 40).prompt(hay)
 
 
