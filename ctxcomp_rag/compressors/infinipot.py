@@ -7,6 +7,7 @@ the front, and reading goes on; at the end the span's slots are what is left. Th
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -32,7 +33,15 @@ from ctxcomp_rag.compressors.base import (
 )
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError
 from ctxcomp_rag.kv.attention import require_observable
-from ctxcomp_rag.kv.pot import GENERIC_CATALYST, QUESTION_CATALYST, ContextPot
+from ctxcomp_rag.kv.catalyst import (
+    DRAFT_TOKENS,
+    GENERIC_CATALYST,
+    QUESTION_CATALYST,
+    REPEAT_CATALYST,
+    Catalyst,
+    catalyst,
+)
+from ctxcomp_rag.kv.pot import ContextPot
 from ctxcomp_rag.kv.scores import InfiniPot, ScoringRule, make_rule
 from ctxcomp_rag.rope import require_full_attention
 from ctxcomp_rag.spans import DecoderFingerprint, KVSpan, SpanSpec
@@ -52,8 +61,11 @@ class InfiniPotConfig:
         span_bytes: keys and values of a span may take so many bytes, for texts of any length; takes the place of the
             factor too. As they leave the pot (`slot_dtype`), before anything that an index does to them.
         chunk_tokens: length that documents are chunked to. Longer texts are read too, as many pots as it takes.
-        catalyst: prompt that is read after the pot and whose attention is the score (CaP). Generic by default; see
-            `for_question` where the question, or the kind of question, is known.
+        catalyst: prompt that is read after the pot, followed by the decoder's turn of its chat template, and whose
+            attention is the score (CaP). Generic by default; see `for_question` where the question, or the kind of
+            question, is known, and `repeating`.
+        repeats: the catalyst goes on with the text itself (KVzip). Half of the pot's room is then for the repetition.
+        draft_tokens: the catalyst goes on with what the decoder itself says next, so many tokens at most.
         rule: what to keep.
         sink_slots, recent_slots: entries at either end that are always kept, half of the slots each at most.
         step_tokens: longest piece of text in one forward pass.
@@ -67,6 +79,8 @@ class InfiniPotConfig:
     span_bytes: int | None = None
     chunk_tokens: int = 512
     catalyst: str = GENERIC_CATALYST
+    repeats: bool = False
+    draft_tokens: int = 0
     rule: ScoringRule = field(default_factory=InfiniPot)
     sink_slots: int = 0
     recent_slots: int = 0
@@ -79,7 +93,7 @@ class InfiniPotConfig:
             raise InputError(f"a budget is a number of slots or of bytes, got num_slots={self.num_slots} and "
                              f"span_bytes={self.span_bytes}")
         lowest = {"pot_tokens": 1, "num_slots": 1, "span_bytes": 1, "chunk_tokens": 1, "step_tokens": 1,
-                  "sink_slots": 0, "recent_slots": 0}
+                  "sink_slots": 0, "recent_slots": 0, "draft_tokens": 0}
         for name, least in lowest.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -92,9 +106,19 @@ class InfiniPotConfig:
         if self.rule.queries == "catalyst" and not self.catalyst:
             raise InputError(f"the rule {self.rule.name!r} scores by a catalyst prompt; `catalyst` must not be empty")
 
+        if self.repeats and self.rule.queries == "catalyst" and self.rule.reduce == "mean":
+            raise InputError("the attention of a catalyst that repeats the text adds up over all pots; expected a rule "
+                             "with reduce='max' or 'sum', got 'mean'")
+
     def for_question(self, question: str) -> InfiniPotConfig:
-        """The same with a catalyst that asks a question, or a kind of question (CaP-Q)."""
-        return replace(self, catalyst=QUESTION_CATALYST.format(question=question))
+        """The same with a catalyst that asks a question, or a kind of question, and drafts the answer (CaP-Q)."""
+        return replace(self, catalyst=QUESTION_CATALYST.format(question=question), repeats=False,
+                       draft_tokens=DRAFT_TOKENS)
+
+    def repeating(self) -> InfiniPotConfig:
+        """The same with the catalyst that kept most for questions unknown (docs/infinipot.md): the text once more."""
+        return replace(self, catalyst=REPEAT_CATALYST, repeats=True, draft_tokens=0,
+                       rule=InfiniPot(alpha=0.0, reduce="max"))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -122,23 +146,29 @@ class InfiniPotCompressor(Compressor):
 
     def __init__(self, backbone: Backbone, config: InfiniPotConfig | None = None) -> None:
         require_full_attention(backbone.config)
-        self.backbone, self.config = backbone, config or InfiniPotConfig()
+        self.backbone = backbone
         self._rope = backbone.rope
         # other modules over the same tensors: hooks must not fire for those who decode with the backbone meanwhile
         self._model = backbone.second_tree()
         self._lock = threading.Lock()
-        observes = self.config.rule.queries
-        if observes != "none" or self.config.rule.reading:
+        config = config or InfiniPotConfig()
+        if config.rule.queries != "none" or config.rule.reading:
             require_observable(self._model)
-        self._catalyst = backbone.tokenizer.encode(self.config.catalyst) if observes == "catalyst" else []
+        self._set(config)
+
+    def _set(self, config: InfiniPotConfig) -> None:
+        self.config, backbone = config, self.backbone
+        observes = config.rule.queries
+        self._catalyst = (catalyst(backbone.tokenizer, self.config.catalyst, repeats=self.config.repeats,
+                                   draft_tokens=self.config.draft_tokens) if observes == "catalyst" else Catalyst())
         window = backbone.max_positions
         pot = self.config.pot_tokens or min(_DEFAULT_POT, window)
         if pot > window:
             raise InputError(f"the pot of {pot} tokens is larger than the window of {backbone.model_id!r}, "
                              f"{window} positions; choose pot_tokens of at most {window}")
-        self.room = pot - len(self._catalyst)
-        if self.room < 2:
-            raise InputError(f"the catalyst takes {len(self._catalyst)} of the {pot} tokens of the pot, which leaves "
+        self.room = pot - self._catalyst.length
+        if self.room < 2 + 2 * self._catalyst.repeats:
+            raise InputError(f"the catalyst takes {self._catalyst.length} of the {pot} tokens of the pot, which leaves "
                              "no room for text; raise pot_tokens or shorten the catalyst")
         self._fixed_slots = self.config.num_slots
         if self.config.span_bytes is not None:
@@ -150,10 +180,10 @@ class InfiniPotCompressor(Compressor):
     @classmethod
     def ready_for(cls, backbone: Backbone, budget: Budget | None = None) -> Self:
         if budget is None:
-            return cls(backbone)
+            return cls(backbone, InfiniPotConfig().repeating())
         if budget.factor is not None:
-            return cls(backbone, InfiniPotConfig(compression_factor=budget.factor))
-        return cls(backbone, InfiniPotConfig(num_slots=budget.slots, span_bytes=budget.bytes))
+            return cls(backbone, InfiniPotConfig(compression_factor=budget.factor).repeating())
+        return cls(backbone, InfiniPotConfig(num_slots=budget.slots, span_bytes=budget.bytes).repeating())
 
     # -- what the layers around ask ------------------------------------------------------------------------------
 
@@ -163,7 +193,7 @@ class InfiniPotCompressor(Compressor):
 
     @property
     def max_chunk_tokens(self) -> int:
-        return min(self.config.chunk_tokens, self.room)
+        return min(self.config.chunk_tokens, self._next_piece(0))
 
     @property
     def compression_factor(self) -> float:
@@ -210,10 +240,15 @@ class InfiniPotCompressor(Compressor):
         factor = checked_factor(self.config.compression_factor if compression_factor is None else compression_factor)
         fixed = self._fixed_slots if compression_factor in (None, self.compression_factor) else None
         slots = min(num_tokens, fixed if fixed is not None else math.ceil(num_tokens / factor))
-        if num_tokens > self.room and slots >= self.room:
+        if num_tokens > self._next_piece(0) and self._next_piece(slots) < 1:
             raise InputError(f"{slots} slots of a text of {num_tokens} tokens do not fit into a pot that takes "
-                             f"{self.room} tokens of text; compress more, cut the text, or raise pot_tokens")
+                             f"{self._next_piece(0)} tokens of text; compress more, cut the text, or raise pot_tokens")
         return slots
+
+    def _next_piece(self, size: int) -> int:
+        """Tokens that can be read into a pot of so many entries."""
+        free = self.room - size
+        return free // 2 if self._catalyst.repeats else free
 
     def distilled(self, ids: Sequence[int], keep: int) -> ContextPot:
         """The pot after reading a text of any length: `keep` entries, or all where the text has no more."""
@@ -222,10 +257,21 @@ class InfiniPotCompressor(Compressor):
             pot = ContextPot(self._model, self._rope, config.rule, catalyst=self._catalyst,
                              step_tokens=config.step_tokens, sink=config.sink_slots, recent=config.recent_slots)
             while pot.num_read < len(ids):
-                pot.read(ids[pot.num_read : pot.num_read + self.room - pot.size])
+                pot.read(ids[pot.num_read : pot.num_read + self._next_piece(pot.size)])
                 if pot.size > keep:
                     pot.distil(keep)
             return pot
+
+    def for_question(self, question: str) -> Self:
+        """A compressor whose spans keep what a question asks for (CaP-Q); modules, weights and lock are shared.
+
+        Raises:
+            InputError: the question does not fit into the pot.
+        """
+        made = copy.copy(self)
+        made.__dict__.pop("spec", None)  # another catalyst makes other spans
+        made._set(self.config.for_question(question))
+        return made
 
     # -- saving ----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding.splice import EntriesPiece, Layout, RowsPiece, TextPiece
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.kv.attention import require_observable
-from ctxcomp_rag.kv.pot import GENERIC_CATALYST, QUESTION_CATALYST, ContextPot
+from ctxcomp_rag.kv.catalyst import GENERIC_CATALYST, catalyst, question_catalyst
+from ctxcomp_rag.kv.pot import ContextPot
 from ctxcomp_rag.kv.scores import InfiniPot, ScoringRule
 from ctxcomp_rag.rope import require_full_attention, rotate_keys
 
@@ -56,16 +57,17 @@ class CacheBudget:
 
     def pot(self, question: str | None) -> ContextPot:
         """An empty pot whose catalyst asks `question`, or what matters in general."""
-        prompt = GENERIC_CATALYST if question is None else QUESTION_CATALYST.format(question=question)
-        catalyst = self.backbone.tokenizer.encode(prompt)
-        if self.size - len(catalyst) < 2:
-            raise InputError(f"the catalyst prompt takes {len(catalyst)} of the {self.size} entries of the cache "
+        tokenizer = self.backbone.tokenizer
+        prompt = question_catalyst(tokenizer, question) if question is not None else catalyst(tokenizer,
+                                                                                              GENERIC_CATALYST)
+        if self.size - prompt.length < 2:
+            raise InputError(f"the catalyst prompt takes {prompt.length} of the {self.size} entries of the cache "
                              "budget, which leaves no room for text; raise the budget"
                              + (" or shorten the question" if question is not None else ""))
         # The paper's inputs end with the question, after the last distillation. Here one may fall into the question
         # or into the answer, which must not lose their thread: an eighth of what is kept is what was read last.
-        return ContextPot(self._model, self._rope, self.rule, catalyst=catalyst, step_tokens=_STEP_TOKENS,
-                          recent=min(self.size // 2, (self.size - len(catalyst)) // 2) // 8)
+        return ContextPot(self._model, self._rope, self.rule, catalyst=prompt, step_tokens=_STEP_TOKENS,
+                          recent=min(self.size // 2, (self.size - prompt.length) // 2) // 8)
 
 
 class BoundedPrompt:
@@ -83,7 +85,7 @@ class BoundedPrompt:
         self.layout, self.budget, self.question = layout, budget, question
         self.usage = layout.usage
         self._pot = budget.pot(question)
-        self.room = budget.size - len(self._pot.catalyst)
+        self.room = budget.size - self._pot.catalyst.length
         self.keep = min(budget.size // 2, self.room // 2)
 
     @property

@@ -16,6 +16,7 @@ from ctxcomp_rag.decoding.loop import DecodingLoop, Request
 from ctxcomp_rag.decoding.prompt import Part
 from ctxcomp_rag.decoding.splice import SplicedPrompt, lay_out, place, splice
 from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.kv.scores import ScoringRule
 
 
 class FrozenDecoder:
@@ -30,16 +31,18 @@ class FrozenDecoder:
             catalyst prompt's counted, what matters is kept and moved to the front, while the prompt is read as while
             the answer is written. Prompts that fit, answer included, are read exactly as without a budget. Only for
             decoders that keep all keys and rotate them (RoPE).
+        cache_rule: what matters, where a cache budget is given [default: InfiniPot].
         end_ids: what ends an answer [default: what the model's generation settings name].
 
     Raises:
         UnsupportedModelError, InputError: the budget cannot be kept with this decoder (see `CacheBudget`).
     """
 
-    def __init__(self, backbone: Backbone, *, cache_budget: int | None = None, end_ids: Collection[int] = ()) -> None:
+    def __init__(self, backbone: Backbone, *, cache_budget: int | None = None, cache_rule: ScoringRule | None = None,
+                 end_ids: Collection[int] = ()) -> None:
         self.backbone, self.cache_budget = backbone, cache_budget
         self.end_ids = frozenset(end_ids) or _end_ids(backbone)
-        self._budget = CacheBudget(backbone, cache_budget) if cache_budget is not None else None
+        self._budget = CacheBudget(backbone, cache_budget, cache_rule) if cache_budget is not None else None
 
     def splice(self, parts: Sequence[Part]) -> SplicedPrompt:
         """Decoder inputs of a prompt; see `ctxcomp_rag.decoding.splice.splice` for the errors raised."""

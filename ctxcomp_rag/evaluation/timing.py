@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, Part
 
 _ONE_TOKEN = GenerationSettings(max_new_tokens=1)
 
 
-def time_to_first_token(decoder: FrozenDecoder, prompts: Mapping[str, Sequence[Part]], *,
+def time_to_first_token(decoder: FrozenDecoder, prompts: Mapping[str, Sequence[Part] | Callable[[], Sequence[Part]]], *,
                         repeats: int = 7) -> dict[str, float]:
-    """Median seconds from prompt parts to the first token, interleaved so that a busy machine slows all alike."""
+    """Median seconds from prompt parts to the first token, interleaved so that a busy machine slows all alike.
+
+    Args:
+        prompts: by name, the parts, or what fetches them (from an index, say) and is timed too.
+    """
     times: dict[str, list[float]] = {name: [] for name in prompts}
     for repeat in range(repeats + 1):
         for name, parts in prompts.items():
             begin = time.perf_counter()
-            decoder.generate(parts, _ONE_TOKEN)
+            decoder.generate(parts() if callable(parts) else parts, _ONE_TOKEN)
             if repeat:  # the first round warms caches up
                 times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}

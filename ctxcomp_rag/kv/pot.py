@@ -25,11 +25,9 @@ from ctxcomp_rag.kv.attention import (
     scaling_of,
     softcap_of,
 )
+from ctxcomp_rag.kv.catalyst import Catalyst
 from ctxcomp_rag.kv.scores import Entries, Reading, ScoringRule, choose
 from ctxcomp_rag.rope import RotaryPositions, rotate_keys
-
-GENERIC_CATALYST = "\n\nThe facts, names and numbers above that matter most are:"
-QUESTION_CATALYST = "\n\nUsing the text above, answer the question: {question}\nAnswer:"
 
 
 class ContextPot:
@@ -43,7 +41,7 @@ class ContextPot:
         model: the decoder; hooks are set on it while queries are observed (see `observed_queries`).
         rope: its rotary frequencies.
         rule: which entries to keep.
-        catalyst: token ids of the catalyst prompt; never part of the pot afterwards.
+        catalyst: the catalyst prompt; never part of the pot afterwards.
         step_tokens: longest piece of text in one forward pass; bounds activations and logits.
         sink, recent: entries at either end that are always kept (see `choose`).
 
@@ -59,10 +57,10 @@ class ContextPot:
         foretold: (vocab_size,) logits of what follows the last entry; None where that is a cached one.
     """
 
-    def __init__(self, model: PreTrainedModel, rope: RotaryPositions, rule: ScoringRule, *, catalyst: Sequence[int],
+    def __init__(self, model: PreTrainedModel, rope: RotaryPositions, rule: ScoringRule, *, catalyst: Catalyst,
                  step_tokens: int, sink: int = 0, recent: int = 0) -> None:
         self.model, self.rope, self.rule = model, rope, rule
-        self.catalyst, self.step_tokens = list(catalyst), step_tokens
+        self.catalyst, self.step_tokens = catalyst, step_tokens
         self.sink, self.recent = max(sink, rule.sink), max(recent, rule.recent)
         self.size = self.num_read = self.next_position = 0
         rule.prepare(model)
@@ -72,11 +70,13 @@ class ContextPot:
         config = model.config.get_text_config()
         self._shape = (int(config.num_hidden_layers),
                        int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads))
+        self._group = int(config.num_attention_heads) // self._shape[1]
         self.positions = torch.empty(0, dtype=torch.int64, device=model.device)
         self.indices = torch.empty(*self._shape, 0, dtype=torch.int64, device=model.device)
         self.novelty = torch.empty(*self._shape, 0, device=model.device)
         self.foretold: Tensor | None = None
         self._mass: dict[int, Tensor] = {}
+        self._unrepeated: list[int] = []
         self._readings: dict[int, Reading] = {}
 
     @property
@@ -98,8 +98,10 @@ class ContextPot:
             each: called with the logits (n, vocab_size) of every n tokens as they are read; those of the last token
                 only unless the rule asks for novelty.
         """
-        if self.rule.queries != "all":  # only heavy hitters remember the attention of pieces before
+        if self.rule.queries == "window":  # the window of this piece only
             self._mass = {}
+        if self.catalyst.repeats:
+            self._unrepeated += ids
         last = min(self.rule.window, len(ids)) if self.rule.queries == "window" else 0
         ends = [*range(self.step_tokens, len(ids) - last, self.step_tokens), len(ids) - last, len(ids)]
         begin = 0
@@ -158,9 +160,10 @@ class ContextPot:
             new[0] = -torch.inf if self.num_read else torch.inf
         self.novelty = torch.cat([self.novelty, new.expand(*self._shape, -1)], dim=-1)
 
-    def _forward(self, inputs: dict[str, Tensor], offsets: Tensor, *, observe: bool) -> Tensor:
+    def _forward(self, inputs: dict[str, Tensor], offsets: Tensor, *, observe: bool,
+                 catalyst: bool = False) -> Tensor:
         """Logits of the new rows (of the last one only unless novelty is asked for), appended after the entries."""
-        device, end = self.model.device, self.size + offsets.numel()
+        device, end = self.model.device, int(self._cache.get_seq_length()) + offsets.numel()
         with torch.no_grad(), ExitStack() as watching:
             if observe:
                 watching.enter_context(observed_queries(self.model, self._add_mass))
@@ -171,7 +174,7 @@ class ContextPot:
                 **inputs, past_key_values=self._cache, use_cache=True,
                 attention_mask=torch.ones(1, end, dtype=torch.long, device=device),
                 position_ids=(offsets.to(device) + self.next_position)[None],
-                logits_to_keep=0 if self.rule.novelty else 1,
+                logits_to_keep=0 if self.rule.novelty and not catalyst else 1,
             )
         logits: Tensor = output.logits[0]
         return logits
@@ -179,7 +182,9 @@ class ContextPot:
     def _add_mass(self, layer: int, queries: Tensor) -> None:
         keys = self._cache.layers[layer].keys[0]
         scaling, softcap = self._scaling[layer]
-        mass = attention_mass(queries, keys, scaling, self.rule.reduce, softcap)
+        # a catalyst comes in pieces, whose sums are divided when all are there
+        reduce = "sum" if self.rule.reduce == "mean" and self.rule.queries == "catalyst" else self.rule.reduce
+        mass = attention_mass(queries, keys, scaling, reduce, softcap)
         if layer in self._mass:
             known = mass[:, : self._mass[layer].shape[1]]
             known.copy_(torch.maximum(known, self._mass[layer]) if self.rule.reduce == "max"
@@ -201,9 +206,7 @@ class ContextPot:
         """Keep `keep` entries of every layer and kv head, and move them to positions 0..keep-1."""
         assert 1 <= keep <= self.size
         if self.rule.queries == "catalyst":
-            self._mass = {}
-            ids = torch.tensor([self.catalyst], device=self.model.device)
-            self._forward({"input_ids": ids}, torch.arange(len(self.catalyst)), observe=True)
+            self._read_catalyst()
         kept = []
         for number, layer in enumerate(self._cache.layers):  # layer by layer: one layer more than the pot at most
             places = self._distil_layer(number, layer, keep)
@@ -217,6 +220,26 @@ class ContextPot:
         self.positions = torch.arange(keep, device=self.positions.device)
         self.size = self.next_position = keep
         self._readings = {}
+
+    def _read_catalyst(self) -> None:
+        if not self.catalyst.repeats:
+            self._mass = {}
+        pending, drafted = [*self.catalyst.ids, *self._unrepeated], 0
+        self._unrepeated = []
+        begin = 0
+        while begin < len(pending):
+            step = torch.tensor(pending[begin : begin + self.step_tokens], device=self.model.device)
+            logits = self._forward({"input_ids": step[None]}, torch.arange(begin, begin + len(step)), observe=True,
+                                   catalyst=True)
+            begin += len(step)
+            if begin == len(pending) and drafted < self.catalyst.draft_tokens:
+                token = int(logits[-1].argmax())
+                if token not in self.catalyst.end_ids:
+                    pending.append(token)
+                    drafted += 1
+        if self.rule.reduce == "mean":
+            for layer, mass in self._mass.items():
+                self._mass[layer] = mass / (len(pending) * self._group)
 
     def _distil_layer(self, number: int, layer: Any, keep: int) -> Tensor:
         # the catalyst's own entries are the last ones, if it was read
@@ -232,4 +255,4 @@ class ContextPot:
         return places
 
 
-__all__ = ["GENERIC_CATALYST", "QUESTION_CATALYST", "ContextPot"]
+__all__ = ["ContextPot"]

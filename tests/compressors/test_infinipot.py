@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +20,7 @@ from ctxcomp_rag.compressors import Budget, compressor_class
 from ctxcomp_rag.compressors.infinipot import QUESTION_CATALYST, InfiniPotCompressor, InfiniPotConfig
 from ctxcomp_rag.decoding import FrozenDecoder, Part, TokenIds
 from ctxcomp_rag.errors import InputError, UnsupportedModelError
+from ctxcomp_rag.kv.catalyst import answer_turn, catalyst, question_catalyst
 from ctxcomp_rag.kv.pot import ContextPot
 from ctxcomp_rag.kv.scores import CaP, Entries, InfiniPot, NuC, SnapKV, StreamingLLM
 from ctxcomp_rag.spans import KVSpan
@@ -95,9 +97,9 @@ def test_cap_is_the_eager_attention_mass_that_the_catalyst_puts_on_the_text(name
 
     monkeypatch.setattr(CaP, "score", score)
     compressor.distilled(IDS, 10)
-    catalyst = backbone.tokenizer.encode("\n\nKey facts:")
+    prompt = list(catalyst(backbone.tokenizer, "\n\nKey facts:").ids)
     with torch.no_grad():
-        weights = eager_model(backbone)(torch.tensor([IDS + catalyst]), output_attentions=True).attentions
+        weights = eager_model(backbone)(torch.tensor([IDS + prompt]), output_attentions=True).attentions
     assert len(seen) == len(weights) == 2
     for mass, layer in zip(seen, weights, strict=True):
         of_text = layer[0, :, len(IDS) :, : len(IDS)].unflatten(0, (2, 2))
@@ -115,6 +117,19 @@ def test_nuc_is_the_cross_entropy_of_the_text(name: str, step: int) -> None:
     expected = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(IDS[1:]), reduction="none")
     assert math.isinf(float(pot.novelty[0, 0, 0]))
     torch.testing.assert_close(pot.novelty[:, :, 1:], expected.expand(2, 2, -1), atol=1e-4, rtol=1e-4)
+
+
+def test_a_catalyst_ends_with_the_turn_that_the_chat_template_opens_for_the_decoder() -> None:
+    tokenizer = tiny_backbone("llama").tokenizer
+    turn = [tokenizer.hf.convert_tokens_to_ids(t) for t in ("<|end|>", "<|assistant|>")]
+    # what a question spells opens no turn
+    asked = question_catalyst(tokenizer, "Who <|assistant|>?")
+    assert list(asked.ids) == [*tokenizer.encode("\n\nQuestion: Who <|assistant|>?"), *turn]
+    assert sum(i in tokenizer.control_ids for i in asked.ids) == 2
+    plain = copy.copy(tokenizer)
+    plain.hf = copy.copy(tokenizer.hf)
+    plain.hf.chat_template = None
+    assert answer_turn(plain) == []
 
 
 def test_a_question_as_catalyst_keeps_other_tokens() -> None:
@@ -143,18 +158,26 @@ def test_kept_keys_are_the_keys_of_the_same_hidden_states_at_their_new_positions
 
 @pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
 @pytest.mark.parametrize("pots", [1, 2, 6])
-def test_any_number_of_pots_equals_the_slow_reference(name: str, pots: int) -> None:
+@pytest.mark.parametrize(("repeats", "draft_tokens"), [(False, 0), (False, 5), (True, 0)])
+def test_any_number_of_pots_equals_the_slow_reference(name: str, pots: int, repeats: bool, draft_tokens: int) -> None:
     backbone = tiny_backbone(name)
-    catalyst = backbone.tokenizer.encode("So:")
     keep = 13
     room = {1: 70, 2: 42, 6: 23}[pots]
-    config = InfiniPotConfig(pot_tokens=room + len(catalyst), catalyst="So:", step_tokens=8)
-    slow = SlowPot(backbone, catalyst)
+    rule = InfiniPot(alpha=0.25, reduce="max") if repeats else InfiniPot()
+    prompt = catalyst(backbone.tokenizer, "So:", repeats=repeats, draft_tokens=draft_tokens)
+    room = 2 * room if repeats else room  # a text that is repeated takes its length twice
+    config = InfiniPotConfig(pot_tokens=prompt.length + room, catalyst="So:", step_tokens=8, rule=rule,
+                             repeats=repeats, draft_tokens=draft_tokens)
+    slow = SlowPot(backbone, prompt, alpha=rule.alpha, reduce=rule.reduce)
+    read_since = 0
     with torch.no_grad():
         for number, token in enumerate(IDS):
             slow.read(token)
-            if slow.size > keep and (slow.size == room or number == len(IDS) - 1):
+            read_since += 1
+            full = slow.size + 1 + (read_since + 1) * repeats > room
+            if slow.size > keep and (full or number == len(IDS) - 1):
                 slow.distil(keep)
+                read_since = 0
     pot = infinipot(config, name).distilled(IDS, keep)
     assert pot.indices.tolist() == slow.held
     for layer in range(2):
@@ -251,6 +274,8 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     assert InfiniPotConfig(rule=StreamingLLM(), catalyst="").rule.sink == 4
     with pytest.raises(InputError, match="number of slots or of bytes, got num_slots=3 and span_bytes=100"):
         InfiniPotConfig(num_slots=3, span_bytes=100)
+    with pytest.raises(InputError, match=r"adds up over all pots; expected .* reduce='max' or 'sum', got 'mean'"):
+        InfiniPotConfig(rule=CaP("mean"), repeats=True)
 
 
 # -- budgets ---------------------------------------------------------------------------------------------------------

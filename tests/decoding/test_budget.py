@@ -17,7 +17,8 @@ from ctxcomp_rag.decoding import Blended, FrozenDecoder, GenerationSettings, Par
 from ctxcomp_rag.decoding.budget import BoundedPrompt, CacheBudget
 from ctxcomp_rag.decoding.splice import lay_out
 from ctxcomp_rag.errors import InputError, UnsupportedModelError
-from ctxcomp_rag.kv.pot import GENERIC_CATALYST, ContextPot
+from ctxcomp_rag.kv.catalyst import GENERIC_CATALYST, catalyst, question_catalyst
+from ctxcomp_rag.kv.pot import ContextPot
 from ctxcomp_rag.kv.scores import CaP
 from ctxcomp_rag.spans import KVSpan, SoftSpan
 from tests.slow_infinipot import SlowPot
@@ -70,7 +71,7 @@ def test_while_the_input_fits_logits_are_those_of_the_full_cache(name: str) -> N
 def test_an_answer_is_that_of_the_full_cache_until_the_cache_is_full() -> None:
     backbone = tiny_backbone("llama")
     parts = mixed(backbone)
-    room = BUDGET - len(backbone.tokenizer.encode(GENERIC_CATALYST))
+    room = BUDGET - catalyst(backbone.tokenizer, GENERIC_CATALYST).length
     before = room - lay_out(parts, backbone).num_positions
     long = GenerationSettings(max_new_tokens=BUDGET, temperature=0.8, seed=4)
     free, bounded = (FrozenDecoder(backbone, cache_budget=b).generate(parts, long) for b in (None, BUDGET))
@@ -85,12 +86,11 @@ def test_an_answer_is_that_of_the_full_cache_until_the_cache_is_full() -> None:
 @pytest.mark.parametrize("question", [None, "How high is it?"])
 def test_prompt_and_answer_beyond_the_budget_equal_the_slow_reference(name: str, question: str | None) -> None:
     backbone = tiny_backbone(name)
-    catalyst = (GENERIC_CATALYST if question is None
-                else f"\n\nUsing the text above, answer the question: {question}\nAnswer:")
-    ids = backbone.tokenizer.encode(catalyst)
-    room = BUDGET - len(ids)
+    tokenizer = backbone.tokenizer
+    prompt = question_catalyst(tokenizer, question) if question else catalyst(tokenizer, GENERIC_CATALYST)
+    room = BUDGET - prompt.length
     keep = room // 2
-    slow = SlowPot(backbone, ids, recent=keep // 8)
+    slow = SlowPot(backbone, prompt, recent=keep // 8)
     answer: list[int] = []
     with torch.no_grad():
         for number in range(200 + 40):

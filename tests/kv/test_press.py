@@ -118,6 +118,24 @@ def test_what_is_no_scorer_press_or_scores_in_another_shape_is_refused() -> None
         InfiniPotConfig(rule=KVPress(Knorm()), sink_slots=2)
 
 
+def test_hooks_are_gone_after_a_pass_that_fails() -> None:
+    compressor = infinipot(Knorm())
+    model = compressor._model
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    mine = model.get_output_embeddings().register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compressor.distilled(IDS, 12)
+    assert hooks() == 1
+    mine.remove()
+    assert compressor.distilled(IDS, 12).size == 12
+
+
 def test_presses_and_their_settings_tell_spans_apart(tmp_path: Path) -> None:
     specs = {infinipot(p).spec.fingerprint for p in (Knorm(), LastTokens(), Knorm(compression_ratio=0.5))}
     assert len(specs) == 3
