@@ -99,7 +99,7 @@ def _hadamard(x: Tensor) -> Tensor:
     """Walsh-Hadamard transform of the last axis, a power of two wide; orthonormal, its own inverse."""
     width, half = x.shape[-1], 1
     while half < width:
-        pairs = x.unflatten(-1, (-1, 2, half))
+        pairs = x.reshape(*x.shape[:-1], -1, 2, half)
         x = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], dim=-2).flatten(-3)
         half *= 2
     return x / math.sqrt(width)
