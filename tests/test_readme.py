@@ -74,3 +74,15 @@ def test_the_home_ground_table_is_the_one_on_file() -> None:
         systems = list(result["exact_match"])
         on_file = [f"{result[key][s]:.1f}" if s in result[key] else "-" for s in systems]
         assert shown == on_file
+
+
+def test_the_table_of_real_english_is_the_one_on_file() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "real_input.json").read_text(encoding="utf-8"))
+    by_setting = {(r["system"], r["setting"]): r for r in result["rows"]}
+    labels = {"full_text": "full text", "4x": "spans 4x", "truncated_4x": "text cut to 4x", "no_context": "no context"}
+    for system, label in labels.items():
+        row = next(line for line in README.splitlines() if line.startswith(f"| {label} |"))
+        shown = [cell.strip() for cell in row.strip("|").split("|")][1:]
+        right, three = by_setting[system, "oracle"], by_setting.get((system, "retrieved"))
+        assert shown == [f"{right['em']:.1f} / {right['f1']:.1f}", f"{right['positions']:.1f}",
+                         f"{right['first_token_ms']:.2f}", f"{three['em']:.1f} / {three['f1']:.1f}" if three else "-"]

@@ -56,8 +56,13 @@ READERS = (
 
 
 def haystack(backbone: Backbone, num_tokens: int, depth: float, seed: int) -> Haystack:
-    """At most `num_tokens` of whole documents, the asked one at `depth` (0.0 first, 1.0 last) among them."""
-    needle, *others = generate_corpus(2 + num_tokens // _SHORTEST_DOCUMENT, seed, "held_out")
+    """At most `num_tokens` of whole documents, the asked one at `depth` (0.0 first, 1.0 last) among them.
+
+    The others are of other kinds, so that what is measured is the reading: the embedded decoder does not tell two
+    documents of a kind apart even where it sees both in full.
+    """
+    needle, *corpus = generate_corpus(4 + 5 * num_tokens // (4 * _SHORTEST_DOCUMENT), seed, "held_out")
+    others = [d for d in corpus if d.kind != needle.kind]
     encode = backbone.tokenizer.encode
     separator = len(encode("\n\n"))
     left = num_tokens - len(encode(needle.text))
