@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from lc_setup import PROMPT, QUESTIONS, Setup, about, block
 from ctxcomp_rag import GenerationSettings, SpanChat, SpanReferenceError, SpanReferences
 from langchain_ctxcomp import SPAN_DOCUMENT_PROMPT, ChatCtxcomp, SpanPrompt, SpanVectorStore
 from langchain_ctxcomp.scope import SCOPE_KEY
+from tests.processes import KEY, Make, chats_under_a_key
 
-KEY = bytes(range(32))
 SCOPE = "tenant-7"
 CONFIG: Any = {"configurable": {SCOPE_KEY: SCOPE}}
 RETRIEVER_PROCESS = """
@@ -34,22 +34,13 @@ retriever = SpanVectorStore(chat.index, EncoderEmbeddings(), chat=chat).as_retri
 found = retriever.invoke(sys.argv[2], config={"configurable": {"__ctxcomp_scope": sys.argv[3]}})
 sys.stdout.write(json.dumps([d.model_dump() for d in found]))
 """
-Make = Callable[..., SpanChat]
 
 
 @pytest.fixture
 def process(setup: Setup) -> Iterator[Make]:
-    """A `SpanChat` as another process would have it: its own references, under a key."""
-    made: list[SpanChat] = []
-
-    def make(key: bytes = KEY, clock: Callable[[], float] = time.time, on_invalid: Any = "text") -> SpanChat:
-        references = SpanReferences("kb", mode="mac", key=key, clock=clock)
-        made.append(SpanChat(setup.rag.backbone, setup.rag.memory, references=references, on_invalid=on_invalid))
-        return made[-1]
-
-    yield make
-    for chat in made:
-        chat.scheduler.close()
+    """Makes a `SpanChat` as another process would have it."""
+    with chats_under_a_key(setup.rag) as make:
+        yield make
 
 
 def retrieved(setup: Setup, chat: SpanChat) -> Any:

@@ -7,24 +7,24 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 from li_setup import QUESTIONS, SHORT, RecordingLLM, Setup
 from llama_index.core.llms import ChatMessage
 from llama_index.core.query_engine import RetrieverQueryEngine
 
-from ctxcomp_rag import SpanChat, SpanReferences
+from ctxcomp_rag import SpanChat
 from llama_index_ctxcomp import PromptError, SpanPostprocessor, SpanSynthesizer
+from tests.processes import KEY, Make, chats_under_a_key
 
-KEY = bytes(range(32))
 SCOPE = "tenant-7"
 RETRIEVER_PROCESS = """
 import json, os, sys
 from llama_index.core import VectorStoreIndex
 from llama_index.core.schema import MetadataMode
 from ctxcomp_rag import SpanChat, SpanReferences
+from tests.processes import KEY, Make, chats_under_a_key
 from llama_index_ctxcomp import EncoderEmbedding, SpanPostprocessor, SpanVectorStore
 references = SpanReferences("kb", mode="mac", key=bytes.fromhex(os.environ["SPAN_KEY"]))
 chat = SpanChat.open(sys.argv[1], references=references)
@@ -33,22 +33,13 @@ found = index.as_retriever(similarity_top_k=3).retrieve(sys.argv[2])
 nodes = SpanPostprocessor(chat, scope=sys.argv[3]).postprocess_nodes(found)
 sys.stdout.write(json.dumps([n.node.get_content(metadata_mode=MetadataMode.LLM) for n in nodes]))
 """
-Make = Callable[..., SpanChat]
 
 
 @pytest.fixture
 def process(setup: Setup) -> Iterator[Make]:
-    """A `SpanChat` as another process would have it: its own references, under a key."""
-    made: list[SpanChat] = []
-
-    def make(key: bytes = KEY, clock: Callable[[], float] = time.time, on_invalid: Any = "text") -> SpanChat:
-        references = SpanReferences("kb", mode="mac", key=key, clock=clock)
-        made.append(SpanChat(setup.rag.backbone, setup.rag.memory, references=references, on_invalid=on_invalid))
-        return made[-1]
-
-    yield make
-    for chat in made:
-        chat.scheduler.close()
+    """Makes a `SpanChat` as another process would have it."""
+    with chats_under_a_key(setup.rag) as make:
+        yield make
 
 
 def engine(setup: Setup, minting: SpanChat, llm: RecordingLLM, scope: str | None = SCOPE,
