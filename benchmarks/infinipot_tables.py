@@ -14,7 +14,7 @@ from typing import Any
 from common import table
 
 ROWS = {"kept": "rows", "needle": "means", "memory_embedded": "rows", "memory_random_0.5b": "rows",
-        "first_token": "rows"}
+        "first_token": "rows", "first_token_random_0.5b": "rows"}
 
 
 def filled(page: str, results: dict[str, Any]) -> str:
