@@ -179,8 +179,10 @@ def test_greedy_tokens(compressor: PCCCompressor, folder: Path, inputs: dict[str
     embed = compressor.backbone.embed
     opening, closing = (compressor.spec.delimiters[n] for n in ("before", "after"))
     for name, run in greedy["runs"].items():
-        slots = compressor.encode([inputs["contexts"][name.split(".")[1]]])[0]
-        rows = torch.cat([embed(torch.tensor([ids["bos"]])), opening, compressor.bracketed(slots), closing,
+        context = inputs["contexts"][name.split(".")[1]]
+        segments = compressor.config.segments(len(context), compressor.compression_factor)
+        span = compressor.bracketed(compressor.encode([context])[0], segments)[0]
+        rows = torch.cat([embed(torch.tensor([ids["bos"]])), opening, span, closing,
                           embed(torch.tensor(run["prompt_ids"]))])
         produced: list[int] = []
         while len(produced) < greedy["max_new_tokens"]:

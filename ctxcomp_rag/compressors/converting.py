@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -22,9 +24,25 @@ from torch import Tensor, nn
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.compressors.base import Compressor, deciding, layout_of, read_config, require_same_decoder
+from ctxcomp_rag.compressors.base import (
+    Compressor,
+    checked_factor,
+    deciding,
+    layout_of,
+    read_config,
+    require_same_decoder,
+)
+from ctxcomp_rag.compressors.places import spread_places
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError, ModelLoadError
-from ctxcomp_rag.spans import DecoderFingerprint, LatentSpan, MemorySpan, PromptLayout, SoftSpan, SpanSpec
+from ctxcomp_rag.spans import (
+    DecoderFingerprint,
+    LatentSpan,
+    MemorySpan,
+    PromptLayout,
+    SlotPositions,
+    SoftSpan,
+    SpanSpec,
+)
 
 BRACKETS = ("before", "reconstruct", "after")
 """Rows of the special table, in the official order: <mem>, <ae>, </mem>."""
@@ -33,12 +51,30 @@ CONVERTER_FILE = "converter.safetensors"
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A piece of a text that the encoder reads alone.
+
+    Attributes:
+        num_tokens: encoder tokens.
+        places: positions of its slots, from its first token (spread) or its first slot (consecutive).
+        num_positions: positions it occupies in the decoder.
+    """
+
+    num_tokens: int
+    places: tuple[int, ...]
+    num_positions: int
+
+
+@dataclass(frozen=True)
 class PCCConfig:
     """Settings of a PCC compressor; the defaults are those of the official code.
 
     Attributes:
-        segment_tokens: encoder tokens of a segment; the last one of a text may be shorter and has as many slots.
-        slots_per_segment: memory tokens read after each segment.
+        segment_tokens: encoder tokens of a segment; the last one of a text may be shorter.
+        slots_per_segment: memory tokens read after a whole segment.
+        slot_positions: "consecutive" gives every segment `slots_per_segment` slots, however short it is, and numbers
+            them on after the text (official); "spread" gives it ceil(length / factor), any factor >= 1, each on the
+            last token of the piece of text it stands for, in the encoder and in the decoder.
         padding: what the shorter texts of one `encode` call are given. "masked" hides padding, so that a text gives
             the same slots in every company; "attended" pads the texts to one length and lets the encoder read the
             padding, as the official training does. `compress` gives no padding to read in either case.
@@ -52,6 +88,7 @@ class PCCConfig:
     padding: Literal["masked", "attended"] = "masked"
     encoder: str = ""
     layout: PromptLayout | None = None
+    slot_positions: SlotPositions = "consecutive"
 
     @property
     def context_ids(self) -> tuple[int, ...]:
@@ -61,6 +98,13 @@ class PCCConfig:
     def segment_lengths(self, num_tokens: int) -> list[int]:
         """Lengths of the segments that a text is cut into."""
         return [min(self.segment_tokens, num_tokens - begin) for begin in range(0, num_tokens, self.segment_tokens)]
+
+    def segments(self, num_tokens: int, factor: float) -> list[Segment]:
+        """The segments of a text of so many tokens, with their slots."""
+        lengths = self.segment_lengths(num_tokens)
+        if self.slot_positions == "consecutive":
+            return [Segment(n, tuple(range(self.slots_per_segment)), self.slots_per_segment) for n in lengths]
+        return [Segment(n, tuple(spread_places(n, math.ceil(n / factor))), n) for n in lengths]
 
 
 class Converter(nn.Module):
@@ -93,8 +137,8 @@ class Converting(Compressor):
         """Specification of the spans of this decoder; hashes the converter."""
         rows = self.special_rows.detach().to(self.backbone.dtype)
         delimiters = {name: rows[i : i + 1].clone() for i, name in enumerate(BRACKETS)}
-        return SpanSpec("soft", self.backbone.fingerprint, f"{self.name}-{self.digest()[:16]}", "consecutive",
-                        delimiters, self.config.layout)
+        return SpanSpec("soft", self.backbone.fingerprint, f"{self.name}-{self.digest()[:16]}",
+                        self.config.slot_positions, delimiters, self.config.layout)
 
     def digest(self) -> str:
         """sha256 over settings and weights."""
@@ -118,18 +162,21 @@ class Converting(Compressor):
         """Slots of the span of a text of so many tokens: those of its segments, and the brackets between them.
 
         Segments are cut by the encoder's tokenizer, so for a number of decoder tokens this is an estimate; see
-        `chunk_slots`. Raises InputError for any factor but the compressor's own.
+        `chunk_slots`. Raises InputError for a factor that the compressor cannot make.
         """
-        self.check_factor(compression_factor)
-        count = len(self.config.segment_lengths(num_tokens + len(self.config.context_ids)))
-        return count * self.config.slots_per_segment + 2 * max(0, count - 1)
+        segments = self.config.segments(num_tokens + len(self.config.context_ids), self.factor(compression_factor))
+        return sum(len(s.places) for s in segments) + 2 * max(0, len(segments) - 1)
 
-    def check_factor(self, compression_factor: float | None) -> None:
-        """Raises InputError for any factor but the compressor's own."""
-        if compression_factor not in (None, self.compression_factor):
+    def factor(self, compression_factor: float | None) -> float:
+        """The factor asked for, or the compressor's own; raises InputError for one that it cannot make."""
+        if compression_factor in (None, self.compression_factor):
+            return self.compression_factor
+        if self.config.slot_positions == "consecutive":
             raise InputError(f"this compressor makes {self.config.slots_per_segment} slots of every segment of "
                              f"{self.config.segment_tokens} tokens ({self.compression_factor:g}x); it cannot make "
                              f"{compression_factor:g}x")
+        assert compression_factor is not None
+        return checked_factor(compression_factor)
 
     def convert(self, memory: Tensor) -> Tensor:
         """Slots (num_slots, hidden_size) of this decoder from hidden states (num_slots, encoder size); differentiable.
@@ -137,20 +184,42 @@ class Converting(Compressor):
         slots: Tensor = self.converter(memory.to(self.special_rows.device, torch.float32))
         return slots
 
-    def bracketed(self, slots: Tensor) -> Tensor:
-        """Rows of a span: slots (segments * slots per segment, hidden_size) with the inner brackets between them."""
+    def bracketed(self, slots: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor, int]:
+        """Slots (num_slots, hidden_size) of some segments as rows of a span, with brackets between the segments.
+
+        Returns:
+            (rows (n, hidden_size), their positions (n,) from the span's start, positions the whole span occupies).
+        """
         opening, _, closing = self.special_rows.to(slots.dtype)
         rows: list[Tensor] = []
-        for segment in torch.split(slots, self.config.slots_per_segment):
-            rows += [closing[None], opening[None], segment] if rows else [segment]
-        return torch.cat(rows)
+        positions: list[int] = []
+        base = 0
+        for segment, own in zip(segments, torch.split(slots, [len(s.places) for s in segments]), strict=True):
+            if rows:
+                rows += [closing[None], opening[None]]
+                positions += [base, base + 1]
+                base += 2
+            rows.append(own)
+            positions += [base + p for p in segment.places]
+            base += segment.num_positions
+        return torch.cat(rows), torch.tensor(positions), base
 
     def convert_span(self, span: LatentSpan, chunk: Chunk) -> SoftSpan:
         """The span of this decoder that the encoder's memory of a chunk stands for."""
         with torch.inference_mode():
-            embeds = self.bracketed(self.convert(span.memory))
-        length, count = len(self.backbone.tokenizer.encode(chunk.text)), embeds.shape[0]
-        return SoftSpan(chunk.id, length, torch.arange(count), count, embeds.to(self.backbone.dtype, copy=True))
+            embeds, positions, occupied = self.bracketed(self.convert(span.memory), self._segments(span))
+        length = len(self.backbone.tokenizer.encode(chunk.text))
+        return SoftSpan(chunk.id, length, positions, occupied, embeds.to(self.backbone.dtype, copy=True))
+
+    def _segments(self, span: LatentSpan) -> list[Segment]:
+        """The segments that a latent span was made of; the factor it was made with shows in its positions."""
+        segments = self.config.segments(span.num_source_tokens + len(self.config.context_ids), self.compression_factor)
+        if self.config.slot_positions == "consecutive":
+            return segments
+        ends = accumulate(s.num_positions for s in segments)
+        return [replace(s, places=tuple(int(p) - end + s.num_positions for p in span.positions
+                                        if end - s.num_positions <= p < end))
+                for s, end in zip(segments, ends, strict=True)]
 
     def read(self, span: MemorySpan, chunk: Chunk) -> MemorySpan:
         """The span that `compress` would make of the chunk, from the encoder's memory of it."""
@@ -161,7 +230,8 @@ class Converting(Compressor):
             return super().reading(stored)
         mine = self.memory_spec
         if stored.fingerprint != mine.fingerprint:
-            different = ", ".join(stored.decoder.differences(mine.decoder)) or "segment_tokens or slots_per_segment"
+            different = ", ".join(stored.decoder.differences(mine.decoder)) or (
+                "segment_tokens, slots_per_segment or slot_positions")
             raise IncompatibleSpanError(
                 f"these spans are the memory of the encoder {stored.decoder} ({stored.compressor}), but this "
                 f"compressor converts that of {mine.decoder} ({mine.compressor}); they differ in {different}. Use a "

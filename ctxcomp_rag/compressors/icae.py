@@ -33,6 +33,7 @@ from ctxcomp_rag.compressors.base import (
     read_config,
     require_same_decoder,
 )
+from ctxcomp_rag.compressors.places import spread_places
 from ctxcomp_rag.errors import InputError, ModelLoadError
 from ctxcomp_rag.spans import DecoderFingerprint, PromptLayout, SlotPositions, SoftSpan, SpanSpec
 
@@ -96,7 +97,7 @@ class ICAEConfig:
         """Positions of a segment's slots, from the segment's first token (spread) or first slot (consecutive)."""
         if self.slot_positions == "consecutive":
             return list(range(num_slots))
-        return [max(1, (j + 1) * segment_length // num_slots) - 1 for j in range(num_slots)]
+        return spread_places(segment_length, num_slots)
 
 
 @dataclass

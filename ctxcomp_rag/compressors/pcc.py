@@ -45,6 +45,7 @@ from ctxcomp_rag.compressors.converting import (
     Converting,
     PCCConfig,
     PCCReader,
+    Segment,
     load_converter,
     read_settings,
 )
@@ -97,7 +98,8 @@ class Encoder:
 
 
 def load_encoder(path: str | Path, *, adapter: str | Path | None = None, tokenizer: str | Path | None = None,
-                 large: bool = False, lora_rank: int = 64, lora_alpha: int = 32, **hub: Any) -> Encoder:
+                 large: bool = False, lora_rank: int = 64, lora_alpha: int = 32, lora_dropout: float = 0.1,
+                 **hub: Any) -> Encoder:
     """Load any encoder or decoder as an encoder for PCC; memory tokens are added where it has none.
 
     Args:
@@ -123,8 +125,8 @@ def load_encoder(path: str | Path, *, adapter: str | Path | None = None, tokeniz
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
         elif large:
-            lora: Any = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=0.1, bias="none",
-                                   target_modules=list(LARGE_TARGETS), task_type="CAUSAL_LM")
+            lora: Any = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+                                   bias="none", target_modules=list(LARGE_TARGETS), task_type="CAUSAL_LM")
             model = get_peft_model(model, lora)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(f"the encoder in {str(adapter or path)!r} cannot be loaded: {error}") from error
@@ -156,6 +158,9 @@ class PCCCompressor(Converting, nn.Module):
         if self.config.segment_tokens + used > room:
             raise InputError(f"segments of {self.config.segment_tokens} tokens with {used} memory tokens do not fit "
                              f"the {room} positions of the encoder; use shorter segments")
+        if self.config.padding == "attended" and self.config.slot_positions == "spread":
+            raise InputError("padding='attended' goes with slot_positions='consecutive': padding would move the slots "
+                             "of a text by its neighbours; use padding='masked' to spread them")
         self.encoder_model = encoder.model.to(backbone.device)  # type: ignore[arg-type]
         self.converter = (converter or Converter(encoder.hidden_size, backbone.hidden_size)).to(backbone.device)
         if special_rows is None:
@@ -184,20 +189,27 @@ class PCCCompressor(Converting, nn.Module):
     # -- compression -----------------------------------------------------------------------------------------------
 
     def compress(self, chunks: Sequence[Chunk], *, compression_factor: float | None = None) -> list[SoftSpan]:  # type: ignore[override]
-        self.check_factor(compression_factor)
-        return [self.convert_span(span, chunk) for span, chunk in zip(self.remember(chunks), chunks, strict=True)]
+        spans = self.remember(chunks, compression_factor)
+        return [self.convert_span(span, chunk) for span, chunk in zip(spans, chunks, strict=True)]
 
-    def remember(self, chunks: Sequence[Chunk]) -> list[LatentSpan]:
+    def remember(self, chunks: Sequence[Chunk], compression_factor: float | None = None) -> list[LatentSpan]:
         """The encoder's memory of each chunk: what `read` converts, for this decoder or another."""
+        factor = self.factor(compression_factor)
         texts = [self.encoder.tokenizer.encode(chunk.text) for chunk in chunks]
         for chunk, ids in zip(chunks, texts, strict=True):
             if not ids:
                 raise InputError(f"chunk {chunk.id} of document {chunk.document_id!r} has no text to compress")
         with torch.inference_mode():
             # without padding to read, whatever the setting: a span must not depend on its neighbours
-            memory = self._hidden([[*self.config.context_ids, *ids] for ids in texts])
-        return [LatentSpan(chunk.id, len(ids), torch.arange(len(rows)), len(rows), rows.clone())
-                for chunk, ids, rows in zip(chunks, texts, memory, strict=True)]
+            memory = self._hidden([[*self.config.context_ids, *ids] for ids in texts], [factor] * len(texts))
+        spans = []
+        for chunk, ids, rows in zip(chunks, texts, memory, strict=True):
+            places, base = [], 0
+            for segment in self.config.segments(len(self.config.context_ids) + len(ids), factor):
+                places += [base + p for p in segment.places]
+                base += segment.num_positions
+            spans.append(LatentSpan(chunk.id, len(ids), torch.tensor(places), base, rows.clone()))
+        return spans
 
     @property
     def memory_spec(self) -> SpanSpec:
@@ -208,58 +220,69 @@ class PCCCompressor(Converting, nn.Module):
             head_dim=0, rope="", dtype=str(encoder.body.dtype).removeprefix("torch."),
         )
         # padding is no part: `compress` gives the encoder none to read
-        deciding = [config.segment_tokens, config.slots_per_segment, made_by.weights_digest, made_by.tokenizer_digest,
-                    *config.context_ids]
+        spread = ["spread"] if config.slot_positions == "spread" else []
+        deciding = [config.segment_tokens, config.slots_per_segment, *spread, made_by.weights_digest,
+                    made_by.tokenizer_digest, *config.context_ids]
         digest = hashlib.sha256(json.dumps(deciding).encode()).hexdigest()
-        return SpanSpec("latent", made_by, f"{self.name}-encoder-{digest[:16]}")
+        return SpanSpec("latent", made_by, f"{self.name}-encoder-{digest[:16]}", config.slot_positions)
 
     @property
     def latent(self) -> PCCLatent:
         return PCCLatent(self)
 
-    def encode(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Slots (num_slots, hidden_size), without brackets, of each text of encoder ids; differentiable."""
-        return [self.convert(hidden) for hidden in self.memory(texts)]
+    def encode(self, texts: Sequence[Sequence[int]], factors: Sequence[float | None] | None = None) -> list[Tensor]:
+        """Slots (num_slots, hidden_size), without brackets, of each text of encoder ids, at its factor; differentiable.
+        """
+        return [self.convert(hidden) for hidden in self.memory(texts, factors)]
 
-    def memory(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+    def memory(self, texts: Sequence[Sequence[int]], factors: Sequence[float | None] | None = None) -> list[Tensor]:
         """The encoder's hidden states (num_slots, encoder size) at the memory tokens: what any converter reads."""
-        if self.config.padding == "attended":
-            width = max(map(len, texts), default=0)
-            texts = [[*ids, *[self.encoder.padding_id] * (width - len(ids))] for ids in texts]
-        return self._hidden(texts)
+        return self._hidden(self.padded(texts), [self.factor(f) for f in factors or [None] * len(texts)])
 
-    def _hidden(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        segments: list[tuple[int, list[int]]] = []
-        for owner, ids in enumerate(texts):
+    def padded(self, texts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """What the encoder reads of texts that are given together: with "attended" padding, all of one length."""
+        width = max(map(len, texts), default=0) if self.config.padding == "attended" else 0
+        return [[*ids, *[self.encoder.padding_id] * (width - len(ids))] for ids in texts]
+
+    def _hidden(self, texts: Sequence[Sequence[int]], factors: Sequence[float]) -> list[Tensor]:
+        segments: list[tuple[list[int], Segment]] = []
+        owners: list[int] = []
+        for owner, (ids, factor) in enumerate(zip(texts, factors, strict=True)):
             begin = 0
-            for length in self.config.segment_lengths(len(ids)):
-                segments.append((owner, list(ids[begin : begin + length])))
-                begin += length
-        order = sorted(range(len(segments)), key=lambda i: len(segments[i][1]))
+            for segment in self.config.segments(len(ids), factor):
+                segments.append((list(ids[begin : begin + segment.num_tokens]), segment))
+                owners.append(owner)
+                begin += segment.num_tokens
+        widths = [len(ids) + len(segment.places) for ids, segment in segments]
         encoded: dict[int, Tensor] = {}
         batch: list[int] = []
-        for index in order:
-            width = len(segments[index][1]) + self.config.slots_per_segment
-            if batch and (len(batch) + 1) * width > _BATCH_TOKENS:
-                encoded.update(zip(batch, self._encode_batch([segments[i][1] for i in batch]), strict=True))
+        for index in sorted(range(len(segments)), key=widths.__getitem__):
+            if batch and (len(batch) + 1) * widths[index] > _BATCH_TOKENS:
+                encoded.update(zip(batch, self._encode_batch([segments[i] for i in batch]), strict=True))
                 batch = []
             batch.append(index)
         if batch:
-            encoded.update(zip(batch, self._encode_batch([segments[i][1] for i in batch]), strict=True))
+            encoded.update(zip(batch, self._encode_batch([segments[i] for i in batch]), strict=True))
         by_text: list[list[Tensor]] = [[] for _ in texts]
-        for index, (owner, _) in enumerate(segments):
+        for index, owner in enumerate(owners):
             by_text[owner].append(encoded[index])
         return [torch.cat(parts) for parts in by_text]
 
-    def _encode_batch(self, batch: list[list[int]]) -> list[Tensor]:
-        memory = list(self.encoder.memory_ids[: self.config.slots_per_segment])
-        width = max(map(len, batch))
-        device = self.special_rows.device
-        ids = torch.tensor([[*s, *memory, *[self.encoder.padding_id] * (width - len(s))] for s in batch], device=device)
-        lengths = torch.tensor([len(s) + len(memory) for s in batch], device=device)
-        mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
-        hidden = self.encoder.body(input_ids=ids, attention_mask=mask).last_hidden_state
-        return [hidden[i, len(s) : len(s) + len(memory)] for i, s in enumerate(batch)]
+    def _encode_batch(self, batch: list[tuple[list[int], Segment]]) -> list[Tensor]:
+        known, used = self.encoder.memory_ids, self.config.slots_per_segment
+        memory = [[known[j % used] for j in range(len(segment.places))] for _, segment in batch]
+        lengths = [len(ids) + len(tokens) for (ids, _), tokens in zip(batch, memory, strict=True)]
+        width, device = max(lengths), self.special_rows.device
+        rows = torch.tensor([[*ids, *tokens, *[self.encoder.padding_id] * (width - n)]
+                             for (ids, _), tokens, n in zip(batch, memory, lengths, strict=True)], device=device)
+        mask = (torch.arange(width, device=device) < torch.tensor(lengths, device=device)[:, None]).long()
+        positions = {}
+        if self.config.slot_positions == "spread":  # else an encoder's own numbering, which may be none
+            numbered = [[*range(len(ids)), *segment.places, *[0] * (width - n)]
+                        for (ids, segment), n in zip(batch, lengths, strict=True)]
+            positions["position_ids"] = torch.tensor(numbered, device=device)
+        hidden = self.encoder.body(input_ids=rows, attention_mask=mask, **positions).last_hidden_state
+        return [hidden[i, len(ids) : n] for i, ((ids, _), n) in enumerate(zip(batch, lengths, strict=True))]
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -316,14 +339,12 @@ class PCCLatent(Compressor):
         return self.pcc.compression_factor
 
     def compress(self, chunks: Sequence[Chunk], *, compression_factor: float | None = None) -> list[LatentSpan]:  # type: ignore[override]
-        self.pcc.check_factor(compression_factor)
-        return self.pcc.remember(chunks)
+        return self.pcc.remember(chunks, compression_factor)
 
     def num_slots(self, num_tokens: int, compression_factor: float | None = None) -> int:
         """Slots of the segments of a text of so many tokens, without brackets; see `PCCCompressor.num_slots`."""
-        self.pcc.check_factor(compression_factor)
-        config = self.pcc.config
-        return len(config.segment_lengths(num_tokens + len(config.context_ids))) * config.slots_per_segment
+        config, factor = self.pcc.config, self.pcc.factor(compression_factor)
+        return sum(len(s.places) for s in config.segments(num_tokens + len(config.context_ids), factor))
 
     @property
     def slot_bytes(self) -> int:

@@ -33,6 +33,7 @@ class BracketedSample:
         labels: same length as the tail.
         reconstruct: put <ae> before the tail.
         head_ids: what the decoder reads before the brackets, after the BOS that a loss may be given.
+        factor: source tokens per slot; None for the compressor's own.
     """
 
     context_ids: tuple[int, ...]
@@ -40,13 +41,18 @@ class BracketedSample:
     labels: tuple[int, ...]
     reconstruct: bool = False
     head_ids: tuple[int, ...] = ()
+    factor: float | None = None
 
 
 class _Objective:
-    """What the three objectives share; the layout is the compressor's own, as its prompts will have it."""
+    """What the three objectives share; the layout is the compressor's own, as its prompts will have it.
 
-    def __init__(self, compressor: PCCCompressor) -> None:
-        self.compressor, self.end_id = compressor, default_end_id(compressor.backbone)
+    Args:
+        factor: source tokens per slot; the compressor's own by default.
+    """
+
+    def __init__(self, compressor: PCCCompressor, factor: float | None = None) -> None:
+        self.compressor, self.factor, self.end_id = compressor, factor, default_end_id(compressor.backbone)
         layout = compressor.config.layout
         self.head_ids = layout.reconstruct_ids if layout else ()
 
@@ -63,7 +69,7 @@ class BracketedAutoencoding(_Objective):
 
     def from_example(self, example: Example) -> BracketedSample:
         made = autoencoding_sample(self.context(example), self.decoder_ids(example.context), self.end_id)
-        return replace(made, head_ids=self.head_ids)
+        return replace(made, head_ids=self.head_ids, factor=self.factor)
 
 
 class BracketedContinuation(_Objective):
@@ -71,14 +77,14 @@ class BracketedContinuation(_Objective):
 
     def from_example(self, example: Example) -> BracketedSample:
         made = continuation_sample(self.context(example), self.decoder_ids(example.continuation), self.end_id)
-        return replace(made, head_ids=self.head_ids)
+        return replace(made, head_ids=self.head_ids, factor=self.factor)
 
 
 class BracketedQuestion(_Objective):
     """The decoder answers a question about the context, in the prompt that `CompressedRAG` will ask it in."""
 
-    def __init__(self, compressor: PCCCompressor) -> None:
-        super().__init__(compressor)
+    def __init__(self, compressor: PCCCompressor, factor: float | None = None) -> None:
+        super().__init__(compressor, factor)
         self.spec = compressor.spec  # once: it hashes the weights, and the layout does not depend on them
 
     def from_example(self, example: Example) -> BracketedSample:
@@ -88,7 +94,7 @@ class BracketedQuestion(_Objective):
         head, tail = ([i for part in some if isinstance(part, str | Text | TokenIds)
                        for i in text_ids(part, backbone.tokenizer)] for some in (parts[:at], parts[at + 1 :]))
         made = question_sample(self.context(example), tail, self.decoder_ids(example.answer), self.end_id)
-        return replace(made, head_ids=tuple(head))
+        return replace(made, head_ids=tuple(head), factor=self.factor)
 
 
 def autoencoding_sample(context_ids: Sequence[int], text_ids: Sequence[int], end_id: int) -> BracketedSample:
@@ -121,20 +127,27 @@ def bracketed_loss(compressor: PCCCompressor, samples: Sequence[BracketedSample]
     device = backbone.device
     opening, asking, closing = compressor.special_rows[:, None]
     bos = [] if bos_id is None else [bos_id]
-    rows, labels = [], []
-    for sample, slots in zip(samples, compressor.encode([s.context_ids for s in samples]), strict=True):
+    rows, labels, places = [], [], []
+    contexts = compressor.padded([s.context_ids for s in samples])
+    encoded = compressor.encode(contexts, [s.factor for s in samples])
+    for sample, context, slots in zip(samples, contexts, encoded, strict=True):
+        segments = compressor.config.segments(len(context), compressor.factor(sample.factor))
+        span, at, occupied = compressor.bracketed(slots, segments)
         before = backbone.embed(torch.tensor([*bos, *sample.head_ids], dtype=torch.long))
-        head = [before, opening, compressor.bracketed(slots), closing, *([asking] if sample.reconstruct else [])]
+        after = [closing, *([asking] if sample.reconstruct else [])]
         tail = backbone.embed(torch.tensor(sample.tail_ids))
-        row = torch.cat([*(part.to(tail.dtype) for part in head), tail])
+        row = torch.cat([part.to(tail.dtype) for part in (before, opening, span, *after, tail)])
+        begin = len(before) + 1
         rows.append(row)
         labels.append([*[IGNORED] * (len(row) - len(tail)), *sample.labels])
+        places.append(torch.cat([torch.arange(begin), begin + at,
+                                 begin + occupied + torch.arange(len(row) - begin - len(span))]))
     width = max(map(len, rows))
     padding = backbone.embed(torch.tensor([padding_id]))
     embeds = torch.stack([torch.cat([row, padding.expand(width - len(row), -1)]) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     targets = torch.tensor([[*row, *[IGNORED] * (width - len(row))] for row in labels], device=device)
-    positions = torch.arange(width, device=device).expand(len(rows), -1)
+    positions = torch.stack([functional.pad(p, (0, width - len(p))) for p in places]).to(device)
     logits: Tensor = backbone.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                                     use_cache=False).logits
     loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(),

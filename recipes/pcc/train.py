@@ -1,12 +1,14 @@
 """Train a PCC compressor for a small decoder: an encoder with the decoder's own weights and LoRA, and a converter.
 
     PYTHONPATH=.:recipes/embedded OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 recipes/pcc/train.py \
-        --data DATA --out runs/pcc-4x --factor 4
+        --data DATA --out runs/pcc
 
 DATA holds `squad-train-v1.1.json.xz`. Run the command again after an interruption: it goes on from the last checkpoint.
 Stages (Dai et al., ACL 2025): short texts repeated at 4x, the three special tokens included, which stay as they are
-from then on; reconstruction and continuation drawn half and half; questions. Then OUT/pcc is the compressor and
-OUT/home_ground.json its measurement, in the table of the other methods.
+from then on; reconstruction and continuation drawn half and half; questions. Not the paper's: slots are spread over the
+positions of the text, so that one compressor serves every factor it meets in training, and a quarter of the last stage
+goes on with reconstruction. Then OUT/pcc is the compressor and OUT/home_ground.json its measurement, in the table of
+the other methods.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, load_frozen
-from ctxcomp_rag.compressors.pcc import PCCCompressor, PCCConfig, load_encoder
+from ctxcomp_rag.compressors.pcc import Converter, Encoder, PCCCompressor, PCCConfig, load_encoder
 from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground
 from ctxcomp_rag.evaluation.provenance import write_result
 from ctxcomp_rag.retrieval import load_retrieval_encoder
@@ -32,6 +34,7 @@ from ctxcomp_rag.training import (
     BracketedAutoencoding,
     BracketedContinuation,
     BracketedQuestion,
+    Example,
     Source,
     Stage,
     Trainer,
@@ -39,16 +42,34 @@ from ctxcomp_rag.training import (
     summed_bracketed_loss,
 )
 
-SHORT = 4  # the warm-up's texts are this much shorter than a segment
+SHORT = 4  # source tokens per slot unless drawn otherwise; the warm-up's texts are this much shorter than a segment
 FROZEN = ("special_rows",)
+Objective = BracketedAutoencoding | BracketedContinuation | BracketedQuestion
+FACTORS = {4.0: 0.5, 8.0: 0.3, 16.0: 0.2}  # source tokens per slot: how often it is drawn
 
 
-def make_compressor(backbone: Backbone, model: str, *, segment_tokens: int, factor: int, rank: int,
-                    seed: int) -> PCCCompressor:
+def make_compressor(backbone: Backbone, model: str, *, segment_tokens: int, rank: int, seed: int) -> PCCCompressor:
     """A PCC compressor whose encoder is the decoder itself with LoRA on everything."""
     torch.manual_seed(seed)
-    encoder = load_encoder(model, large=True, lora_rank=rank, lora_alpha=rank)
-    return PCCCompressor(backbone, encoder, PCCConfig(segment_tokens, segment_tokens // factor, encoder=model))
+    encoder = load_encoder(model, large=True, lora_rank=rank, lora_alpha=rank, lora_dropout=0.0)
+    config = PCCConfig(segment_tokens, segment_tokens // SHORT, encoder=model, slot_positions="spread")
+    return PCCCompressor(backbone, encoder, config, converter=passing_on(encoder, backbone.hidden_size))
+
+
+def passing_on(encoder: Encoder, decoder_size: int) -> Converter:
+    """A converter that begins by passing on what it reads, as far as both sizes reach.
+
+    From random matrices the slots say nothing to the decoder, and the loss stays where it would be without them.
+    GELU(x) is about x above 2: the states go in halved and moved up by 3, and come out moved back and doubled.
+    """
+    converter = Converter(encoder.hidden_size, decoder_size)
+    with torch.no_grad():
+        states = encoder.body(input_ids=torch.arange(64)[None]).last_hidden_state
+        converter.norm.weight.fill_(float(states.square().mean().sqrt()))  # the scale that the norm takes away
+        for layer, factor, bias in ((converter.dense_in, 0.5, 3.0), (converter.dense_out, 2.0, -6.0)):
+            layer.weight.copy_(factor * torch.eye(*layer.weight.shape))
+            layer.bias.fill_(bias)
+    return converter
 
 
 def make_stages(compressor: PCCCompressor, args: argparse.Namespace) -> list[Stage]:
@@ -60,14 +81,17 @@ def make_stages(compressor: PCCCompressor, args: argparse.Namespace) -> list[Sta
     short = passages([*documents, *paragraphs], tokenizer, tokens // SHORT)
     whole = passages([" ".join(documents[i : i + 4]) for i in range(0, len(documents), 4)] + paragraphs, tokenizer,
                      tokens)
-    repeat, follow = BracketedAutoencoding(compressor), BracketedContinuation(compressor)
-    ask = BracketedQuestion(compressor)
+
+    def drawn(kind: type[Objective], examples: Sequence[Example], weight: float) -> list[Source]:
+        return [Source(kind(compressor, factor), examples, weight * often) for factor, often in FACTORS.items()]
+
     every = {"batch_size": args.batch_size, "learning_rate": args.rate, "warmup_steps": args.rate_warmup}
-    return [Stage("warm-up", (Source(repeat, short),), args.warm_up, **every),
-            Stage("pretrain", (Source(repeat, whole, 0.5), Source(follow, whole, 0.5)), args.pretrain, frozen=FROZEN,
-                  **every),
-            Stage("questions", (Source(ask, asked, 0.7), Source(ask, asked_squad, 0.3)), args.questions, frozen=FROZEN,
-                  **every)]
+    pretrain = [*drawn(BracketedAutoencoding, whole, 0.5), *drawn(BracketedContinuation, whole, 0.5)]
+    questions = [*drawn(BracketedQuestion, asked, 0.5), *drawn(BracketedQuestion, asked_squad, 0.25),
+                 *drawn(BracketedAutoencoding, whole, 0.25)]
+    return [Stage("warm-up", (Source(BracketedAutoencoding(compressor), short),), args.warm_up, **every),
+            Stage("pretrain", tuple(pretrain), args.pretrain, frozen=FROZEN, **every),
+            Stage("questions", tuple(questions), args.questions, frozen=FROZEN, **every)]
 
 
 def muon_and_adam(parameters: Mapping[str, nn.Parameter], rate: float) -> Sequence[torch.optim.Optimizer]:
@@ -83,7 +107,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with squad-train-v1.1.json.xz")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log, compressor and result")
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder of the decoder [default: the embedded one]")
-    parser.add_argument("--factor", type=int, default=4, help="source tokens per slot")
     parser.add_argument("--segment-tokens", type=int, default=144)
     parser.add_argument("--rank", type=int, default=64, help="of the LoRA matrices")
     parser.add_argument("--documents", type=int, default=20000, help="fictional documents to train on")
@@ -98,11 +121,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measure", type=int, default=300, help="held-out documents to measure with")
     args = parser.parse_args()
-    if args.segment_tokens % args.factor:
-        parser.error(f"--factor {args.factor} does not divide --segment-tokens {args.segment_tokens}")
     backbone = load_frozen(args.model, dtype=torch.float32)
-    compressor = make_compressor(backbone, args.model, segment_tokens=args.segment_tokens, factor=args.factor,
-                                 rank=args.rank, seed=args.seed)
+    compressor = make_compressor(backbone, args.model, segment_tokens=args.segment_tokens, rank=args.rank,
+                                 seed=args.seed)
     trainer = Trainer(compressor, partial(summed_bracketed_loss, compressor), make_stages(compressor, args), args.out,
                       seed=args.seed, optimizers=muon_and_adam, save_every=args.save_every)
     main_process = trainer.accelerator.is_main_process

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,15 @@ import torch
 from transformers import BertConfig, BertModel
 
 from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.compressors.base import Compressor
 from ctxcomp_rag.compressors.pcc import PCCCompressor, PCCConfig, load_encoder
 from ctxcomp_rag.errors import InputError
-from tests.compressors.contract import CompressorContract
+from ctxcomp_rag.spans import MemorySpan
+from tests.compressors.contract import CompressorContract, assert_same_span
 from tests.tiny_models import save_tiny, tiny_backbone, tiny_tokenizer
 
 CONFIG = PCCConfig(segment_tokens=24, slots_per_segment=6)
+SPREAD = replace(CONFIG, slot_positions="spread")
 
 
 def save_bert(folder: Path) -> Path:
@@ -38,8 +43,7 @@ def pcc(source: Path, *, large: bool = False, config: PCCConfig = CONFIG) -> PCC
             for name, parameter in encoder.model.named_parameters():
                 if "lora_" in name:
                     parameter.normal_(std=0.2)
-        config = PCCConfig(config.segment_tokens, config.slots_per_segment, config.padding, str(source))
-        return PCCCompressor(tiny_backbone("llama"), encoder, config)
+        return PCCCompressor(tiny_backbone("llama"), encoder, replace(config, encoder=str(source)))
 
 
 class _Contract(CompressorContract):
@@ -97,3 +101,49 @@ class TestBidirectionalEncoder(_Contract):
     @classmethod
     def compressor(cls, tmp_path_factory: pytest.TempPathFactory) -> PCCCompressor:
         return pcc(save_bert(tmp_path_factory.mktemp("bert")))
+
+
+class TestSpread(CompressorContract):
+    impossible_factor = 0.5
+    impossible_factor_message = "expected a compression factor of at least 1, got 0.5"
+
+    def inner_brackets(self, compressor: Compressor, span: MemorySpan) -> int:
+        return 2 * (math.ceil(span.num_source_tokens / 24) - 1)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def compressor(cls, tmp_path_factory: pytest.TempPathFactory) -> PCCCompressor:
+        return pcc(save_tiny("llama", tmp_path_factory.mktemp("spread")), large=True, config=SPREAD)
+
+    def test_slots_stand_on_the_last_token_of_their_piece_of_text(self, compressor: PCCCompressor) -> None:
+        rows = torch.randn(3, compressor.backbone.hidden_size)
+        segments = compressor.config.segments(30, 12.0)
+        assert [s.places for s in segments] == [(11, 23), (5,)]
+        span, positions, occupied = compressor.bracketed(rows, segments)
+        opening, closing = (compressor.spec.delimiters[n][0] for n in ("before", "after"))
+        # two segments of 24 and 6 tokens, </mem> and <mem> between them
+        torch.testing.assert_close(span, torch.stack([rows[0], rows[1], closing, opening, rows[2]]))
+        assert (positions.tolist(), occupied) == ([11, 23, 24, 25, 31], 32)
+
+    @pytest.mark.parametrize("factor", [1.0, 4.0, 16.0])
+    def test_memory_is_converted_at_the_factor_it_was_made_with(self, factor: float, compressor: PCCCompressor) -> None:
+        text = "The keeper painted the stairs red every spring, and the lamp green."
+        chunk = Chunk("d", text, 0, len(text), 1)
+        [span] = compressor.compress([chunk], compression_factor=factor)
+        [memory] = compressor.latent.compress([chunk], compression_factor=factor)
+        again = compressor.read(memory, chunk)
+        assert isinstance(again, type(span))
+        assert_same_span(again, span)
+        assert compressor.chunk_slots(chunk, factor) == span.num_slots
+        assert compressor.latent.chunk_slots(chunk, factor) == memory.num_slots
+
+    def test_factors_of_one_call_are_those_of_single_calls(self, compressor: PCCCompressor) -> None:
+        texts, factors = [list(range(9)), list(range(30)), list(range(20))], [2.0, 8.0, None]
+        together = compressor.memory(texts, factors)
+        assert [len(m) for m in together] == [5, 4, 5]
+        for text, factor, slots in zip(texts, factors, together, strict=True):
+            torch.testing.assert_close(compressor.memory([text], [factor])[0], slots, atol=1e-5, rtol=0)
+
+    def test_attended_padding_is_refused(self, compressor: PCCCompressor) -> None:
+        with pytest.raises(InputError, match="padding='attended' goes with slot_positions='consecutive'"):
+            PCCCompressor(compressor.backbone, compressor.encoder, replace(SPREAD, padding="attended"))

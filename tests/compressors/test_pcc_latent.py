@@ -226,7 +226,8 @@ def test_a_decoder_is_added_by_training_a_converter_only(index: Path, models: di
         source = next(iter(stored.get([c.id for c in stored.chunks()])))
         assert isinstance(source.span, LatentSpan)
         optimizer = torch.optim.SGD([*compressor.converter.parameters(), compressor.special_rows], lr=0.1)
-        compressor.bracketed(compressor.convert(source.span.memory)).square().mean().backward()
+        segments = compressor.config.segments(source.span.num_source_tokens, compressor.compression_factor)
+        compressor.bracketed(compressor.convert(source.span.memory), segments)[0].square().mean().backward()
         optimizer.step()
         assert all(p.grad is None for p in compressor.encoder_model.parameters())
         assert compressor.spec.fingerprint != before
@@ -245,7 +246,7 @@ def test_memory_without_a_converter_is_refused(index: Path, models: dict[str, tu
 
 @pytest.mark.parametrize(("config", "other", "match"), [
     (CONFIG, True, "converts that of .*they differ in weights_digest"),
-    (replace(CONFIG, slots_per_segment=4), False, "they differ in segment_tokens or slots_per_segment"),
+    (replace(CONFIG, slots_per_segment=4), False, "they differ in segment_tokens, slots_per_segment or slot_positions"),
 ])
 def test_memory_of_another_encoder_is_refused(config: PCCConfig, other: bool, match: str, index: Path, tmp_path: Path,
                                               models: dict[str, tuple[Path, Path]]) -> None:

@@ -40,7 +40,7 @@ def recipe() -> ModuleType:
 @pytest.fixture(scope="module")
 def compressor(recipe: ModuleType) -> PCCCompressor:
     made: PCCCompressor = recipe.make_compressor(load_frozen(dtype=torch.float32, device="cpu"), "embedded",
-                                                 segment_tokens=48, factor=4, rank=4, seed=0)
+                                                 segment_tokens=48, rank=4, seed=0)
     return made
 
 
@@ -58,10 +58,18 @@ def stages(recipe: ModuleType, compressor: PCCCompressor, tmp_path_factory: pyte
 
 
 def test_the_stages_are_the_papers(stages: list[Stage]) -> None:
-    objectives = [[(type(s.objective), s.weight) for s in stage.sources] for stage in stages]
-    assert objectives == [[(BracketedAutoencoding, 1.0)],
-                          [(BracketedAutoencoding, 0.5), (BracketedContinuation, 0.5)],
-                          [(BracketedQuestion, 0.7), (BracketedQuestion, 0.3)]]
+    weights: list[dict[tuple[type, float | None], float]] = []
+    for stage in stages:
+        weights.append({})
+        for source in stage.sources:
+            key = type(source.objective), source.objective.factor
+            weights[-1][key] = weights[-1].get(key, 0.0) + source.weight
+    factors = {4.0: 0.5, 8.0: 0.3, 16.0: 0.2}
+    shares = [{BracketedAutoencoding: 0.5, BracketedContinuation: 0.5},
+              {BracketedQuestion: 0.75, BracketedAutoencoding: 0.25}]
+    assert weights[0] == {(BracketedAutoencoding, None): 1.0}
+    for found, share in zip(weights[1:], shares, strict=True):
+        assert found == pytest.approx({(k, f): s * w for k, s in share.items() for f, w in factors.items()})
     assert [s.frozen for s in stages] == [(), ("special_rows",), ("special_rows",)]
     assert [s.steps for s in stages] == [5, 6, 7]
 
@@ -73,7 +81,7 @@ def test_the_warm_up_reads_short_texts(stages: list[Stage], compressor: PCCCompr
 
 
 def test_squad_is_asked_about_the_piece_with_the_answer(stages: list[Stage]) -> None:
-    [example] = stages[2].sources[1].examples
+    [example] = stages[2].sources[3].examples
     assert (example.question, example.answer) == ("Who keeps it?", " Osk")
     assert "Osk" in example.context
     assert len(example.context) < len(TEXT)
