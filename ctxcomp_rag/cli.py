@@ -1,6 +1,7 @@
 """The `ctxcomp` command: typed functions whose docstrings are the help.
 
-Exit codes: 0 done; 1 an error of our own; 2 an error that the message explains; 3 damaged index; 130 interrupted.
+Exit codes: 0 done; 1 an error of our own; 2 an error that the message explains; 3 damaged index; 130 interrupted; 143
+asked to end (SIGTERM).
 """
 
 from __future__ import annotations
@@ -12,28 +13,21 @@ import time
 import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
-from ctxcomp_rag import cli_measure
+from ctxcomp_rag import cli_measure, cli_precompress
 from ctxcomp_rag.cli_output import IndexDir, Json, Model, print_json, printable, quiet, to_err, to_out
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, InputError
 
 app = typer.Typer(name="ctxcomp", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Compress documents once into memory spans; answer questions from the spliced spans.")
+app.command()(cli_precompress.precompress)
 app.command(name="eval")(cli_measure.evaluate)
 app.command()(cli_measure.codecs)
-
-
-class OnError(StrEnum):
-    """What to do with a file that cannot be read."""
-
-    stop = "stop"
-    skip = "skip"
 
 
 class AnswerMode(StrEnum):
@@ -43,107 +37,6 @@ class AnswerMode(StrEnum):
     text = "text"
     truncated = "truncated"
     none = "none"
-
-
-@app.command()
-def precompress(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, or '-' for standard input: "
-                                               "txt, md, html, jsonl, csv, parquet, pdf.")],
-    out: Annotated[Path, typer.Option(help="Folder of the index; an index made by the same compressor is added to.")],
-    compressor: Annotated[str, typer.Option(help="Method name, or folder of a saved compressor.")] = "icae",
-    factor: Annotated[float | None, typer.Option(help="Source tokens per slot (default: the compressor's).")] = None,
-    budget: Annotated[str | None, typer.Option(help="Size of a chunk's span, for methods that need no training: "
-                                               "256slots, 64KiB or 4x.")] = None,
-    latent: Annotated[bool, typer.Option("--latent", help="A new index holds the memory of the compressor's encoder, "
-                                         "which every decoder with a converter for it reads.")] = False,
-    model: Model = "embedded",
-    chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk (default: the compressor's).")] = None,
-    overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,
-    codec: Annotated[str | None, typer.Option(help="How a new index stores spans: exact, int8, fp8, int4, "
-                                              "rotated4, rotated3 or rotated2 (default: exact; ctxcomp codecs "
-                                              "measures them).")] = None,
-    text_column: Annotated[str, typer.Option(help="Column or field of the text in jsonl, csv, parquet.")] = "text",
-    id_column: Annotated[str | None, typer.Option(help="Column of the document id (default: file#row).")] = None,
-    metadata_column: Annotated[list[str] | None, typer.Option(help="Column kept as metadata; may be repeated.")] = None,
-    on_error: Annotated[OnError, typer.Option(help="A file that cannot be read: stop, or skip and report it.")
-                        ] = OnError.stop,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and chunk, report sizes, write nothing.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Compress documents into an index. Run it again to resume: what is committed is not done twice."""
-    from ctxcomp_rag.readers import read_documents
-
-    if budget is not None and factor is not None:
-        raise InputError(f"--factor {factor:g} and --budget {budget} both say how large a span is; give one of them")
-    failures: dict[str, str] = {}
-    documents = list(read_documents(paths, text_column=text_column, id_column=id_column,
-                                    metadata_columns=metadata_column or (), on_error=on_error.value,
-                                    on_skip=lambda name, error: failures.update({name: str(error)})))
-    if dry_run:
-        result = _estimate(documents, model, compressor, factor, budget, latent, chunk_tokens, overlap_tokens,
-                           on_error.value, failures)
-    else:
-        from ctxcomp_rag.pipeline import CompressedRAG
-
-        quiet()
-        with CompressedRAG.create(out, model=model, compressor=compressor, codec=codec, budget=budget,
-                                  latent=latent) as rag, \
-                tqdm(total=len(documents), unit="doc", desc="precompress", file=sys.stderr, disable=None) as bar:
-            tokens = 0
-
-            def advance(done: int, source_tokens: int) -> None:
-                nonlocal tokens
-                tokens += source_tokens
-                bar.update(done)
-                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-3):,.0f} tokens/s")
-
-            report = rag.index(documents, factor=factor, overlap_tokens=overlap_tokens, max_chunk_tokens=chunk_tokens,
-                               on_error=on_error.value, progress=advance)
-            rag.memory.compact()
-            failures |= report.failures
-            result = {**report.__dict__, "failures": failures, "out": str(out), "bytes": rag.memory.stats()["bytes"]}
-    if as_json:
-        print_json(result)
-        return
-    for name in result.get("replaced", ()):
-        to_err.print(f"replaced {name}: its text has changed")
-    for name, reason in failures.items():
-        to_err.print(f"skipped {name}: {reason}")
-    verb = "would compress" if dry_run else "compressed"
-    to_out.print(f"{verb} {result['documents']} documents, {result['chunks']} chunks: "
-                 f"{result['source_tokens']:,} tokens -> {result['slots']:,} slots, "
-                 f"{result['bytes']:,} bytes" + ("" if dry_run else f" in {out}"))
-    if not dry_run:
-        to_out.print(f"{result['added']} chunks added, {result['skipped']} were there already, "
-                     f"{result['removed']} outdated ones removed, {len(failures)} failures, {result['seconds']:.1f} s")
-
-
-def _estimate(documents: list[Any], model: str, compressor: str, factor: float | None, budget: str | None,
-              latent: bool, chunk_tokens: int | None, overlap: int, on_error: str,
-              failures: dict[str, str]) -> dict[str, Any]:
-    from ctxcomp_rag.backbone import load_frozen
-    from ctxcomp_rag.chunking import split_document
-    from ctxcomp_rag.pipeline import chunk_limit, load_trained_compressor
-
-    quiet()
-    backbone = load_frozen(model)
-    maker = load_trained_compressor(compressor, backbone, budget)
-    maker = maker.latent if latent else maker
-    limit = chunk_limit(maker, chunk_tokens)
-    chunks = []
-    done = 0
-    for document in documents:
-        try:
-            chunks += split_document(document, backbone.tokenizer, max_tokens=limit, overlap_tokens=overlap)
-            done += 1
-        except CtxcompError as error:
-            if on_error == "stop":
-                raise
-            failures[document.id] = str(error)
-    slots = sum(maker.num_slots(c.num_tokens, factor) for c in chunks)
-    return {"dry_run": True, "documents": done, "chunks": len(chunks), "failures": failures,
-            "source_tokens": sum(c.num_tokens for c in chunks), "slots": slots,
-            "bytes": slots * maker.slot_bytes}
 
 
 @app.command()
@@ -305,9 +198,9 @@ def demo(seed: Annotated[int, typer.Option(help="Of the generated corpus: other 
                  f"in training (seed {result.seed}); {result.seconds:.0f} s in all")
 
 
-def _interrupted(*_: object) -> NoReturn:
+def _interrupted(number: int, _: object) -> NoReturn:
     to_err.print("interrupted; what was committed is kept, run the same command again to go on")
-    sys.exit(130)
+    sys.exit(128 + number)
 
 
 def main() -> NoReturn:

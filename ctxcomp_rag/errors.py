@@ -6,6 +6,7 @@
     ├── IncompatibleSpanError(ValueError) a span was made for another decoder or compressor
     ├── SpanReferenceError(ValueError)    a reference to a span is forged, expired, or of another scope
     ├── SchedulerFullError(RuntimeError)  more requests are waiting than the scheduler takes
+    ├── WorkerError(RuntimeError)         workers of a job died, or a cluster lacks what the job needs
     ├── UnsupportedModelError(ValueError) this architecture cannot do what was asked, with the reason
     ├── ModelLoadError(OSError)           a model, tokenizer or compressor cannot be loaded
     └── IndexFolderError(OSError)         an index folder is missing, damaged, or in use
@@ -48,6 +49,10 @@ class SpanReferenceError(CtxcompError, ValueError):
 
 class SchedulerFullError(CtxcompError, RuntimeError):
     """More requests are waiting than the scheduler takes."""
+
+
+class WorkerError(CtxcompError, RuntimeError):
+    """Workers of a job died again and again, or a cluster lacks what the job needs."""
 
 
 class UnsupportedModelError(CtxcompError, ValueError):

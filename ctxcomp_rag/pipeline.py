@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, load_frozen
-from ctxcomp_rag.chunking import Chunk, Document, split_document
+from ctxcomp_rag.chunking import Chunk, Document
 from ctxcomp_rag.compressors import (
-    COMPRESSORS,
-    Budget,
     Compressor,
-    compressor_class,
     decoder_of,
-    load_compressor,
     load_reader,
+    load_trained_compressor,
 )
 from ctxcomp_rag.decoding import (
     Blended,
@@ -34,31 +30,15 @@ from ctxcomp_rag.decoding import (
     reconstruction_prompt,
     render_chat,
 )
-from ctxcomp_rag.errors import CtxcompError, InputError
+from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
+from ctxcomp_rag.jobs import IndexReport, Progress, SpanWorker, ThreadWorker, precompress
 from ctxcomp_rag.retrieval import DEFAULT_ENCODER, RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
 from ctxcomp_rag.spans import KVSpan, MemorySpan, SpanSpec
 
 Mode = Literal["spans", "text", "truncated", "none"]
 MODES: tuple[Mode, ...] = ("spans", "text", "truncated", "none")
 DEFAULT_TOP_K = 3
-_BATCH_CHUNKS = 256
-
-
-@dataclass(frozen=True)
-class IndexReport:
-    """What one indexing run did."""
-
-    documents: int
-    chunks: int
-    added: int
-    skipped: int
-    removed: int
-    source_tokens: int
-    slots: int
-    seconds: float
-    failures: Mapping[str, str]
-    replaced: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,89 +141,30 @@ class CompressedRAG:
     def index(self, documents: Iterable[Document], *, factor: float | None = None, overlap_tokens: int = 0,
               max_chunk_tokens: int | None = None, on_error: Literal["stop", "skip"] = "stop",
               progress: Callable[[int, int], None] | None = None) -> IndexReport:
-        """Chunk, compress and store documents. Running it again adds only what is missing.
+        """Chunk, compress and store documents (see `ctxcomp_rag.jobs.precompress`). Running it again adds only what
+        is missing.
 
         A document whose id is known already is replaced: chunks that its new text no longer has are deleted.
 
         Args:
             factor: compression factor, e.g. 4.0; the compressor's own by default.
             on_error: "skip" reports a document that cannot be used in `failures` and goes on.
-            progress: called with (documents, source tokens) as they are committed.
+            progress: called with (documents, source tokens) after every commit: what came in since the last call.
         """
         if self.compressor is None or self.memory.read_only:
             raise InputError("this index was opened for reading; use CompressedRAG.create(path) to add documents")
-        limit = chunk_limit(self.compressor, max_chunk_tokens)
-        self.compressor.num_slots(limit, factor)  # refuses a factor that cannot be made before anything is written
-        began = time.perf_counter()
-        counts = dict.fromkeys(("documents", "chunks", "added", "skipped", "removed", "source_tokens", "slots"), 0)
-        failures: dict[str, str] = {}
-        pending: list[Chunk] = []
-        stale: set[str] = set()
-        replaced: list[str] = []
-        seen: set[str] = set()
-        waiting = 0
+        committed = Progress()
 
-        def commit() -> None:
-            nonlocal pending, stale, waiting
-            added, slots, changed = self._store(pending, factor)
-            counts["added"] += added
-            counts["removed"] += changed
-            counts["skipped"] += len(pending) - added
-            counts["slots"] += slots
-            if stale:  # only now: a job that is killed in between leaves old and new chunks, never neither
-                counts["removed"] += self.memory.delete(chunk_ids=stale)
+        def advance(now: Progress) -> None:
+            nonlocal committed
             if progress:
-                progress(waiting, sum(c.num_tokens for c in pending))
-            pending, stale, waiting = [], set(), 0
+                progress(now.documents - committed.documents, now.source_tokens - committed.source_tokens)
+            committed = now
 
-        for document in documents:
-            try:
-                if document.id in seen:
-                    raise InputError(f"the document id {document.id!r} was given twice; ids must be unique")
-                seen.add(document.id)
-                chunks = split_document(document, self.backbone.tokenizer, max_tokens=limit,
-                                        overlap_tokens=overlap_tokens)
-            except CtxcompError as error:
-                if on_error == "stop":
-                    raise
-                failures[document.id] = str(error)
-                continue
-            outdated = set(self.memory.document_chunks(document.id)) - {c.id for c in chunks}
-            if outdated:
-                stale |= outdated
-                replaced.append(document.id)
-            counts["documents"] += 1
-            counts["chunks"] += len(chunks)
-            counts["source_tokens"] += sum(c.num_tokens for c in chunks)
-            pending += chunks
-            waiting += 1
-            if len(pending) >= _BATCH_CHUNKS:
-                commit()
-        if pending:
-            commit()
-        if not counts["documents"] and not failures:
-            raise InputError("the corpus is empty: no document was given")
-        return IndexReport(**counts, seconds=time.perf_counter() - began, failures=failures,
-                           replaced=tuple(replaced))
-
-    def _store(self, chunks: Sequence[Chunk], factor: float | None) -> tuple[int, int, int]:
-        """Commit what is missing; returns chunks added, slots of all chunks, chunks made anew because they differed."""
-        assert self.compressor is not None
-        missing = self.memory.missing([c.id for c in chunks])
-        known = {c.id: c for c in chunks if c.id not in missing}
-        stored = self.memory.get(list(known)) if known else []
-        changed = {s.chunk.id for s in stored if dict(s.chunk.metadata) != dict(known[s.chunk.id].metadata)
-                   or (factor is not None and s.span.num_slots != self.compressor.chunk_slots(s.chunk, factor))}
-        slots = sum(s.span.num_slots for s in stored if s.chunk.id not in changed)
-        fresh = list({c.id: c for c in chunks if c.id in missing | changed}.values())
-        if not fresh:
-            return 0, slots, 0
-        spans = self.compressor.compress(fresh, compression_factor=factor)
-        vectors = embed_texts(self.encoder, [c.text for c in fresh])
-        if changed:
-            self.memory.delete(chunk_ids=changed)
-        report = self.memory.add(fresh, spans, vectors, spec=self.compressor.spec)
-        return report.added, slots + sum(s.num_slots for s in spans), len(changed)
+        worker = SpanWorker(self.compressor, self.encoder, factor=factor)
+        return precompress(documents, self.memory, self.compressor, ThreadWorker(worker), factor=factor,
+                           overlap_tokens=overlap_tokens, max_chunk_tokens=max_chunk_tokens, on_error=on_error,
+                           progress=advance)
 
     # -- online ------------------------------------------------------------------------------------------------------
 
@@ -331,14 +252,6 @@ class CompressedRAG:
         self.close()
 
 
-def chunk_limit(compressor: Compressor, max_chunk_tokens: int | None) -> int:
-    """Longest chunk in tokens; raises InputError for a limit that the compressor was not made for."""
-    longest = compressor.max_chunk_tokens
-    if max_chunk_tokens is not None and not 1 <= max_chunk_tokens <= longest:
-        raise InputError(f"expected chunks of 1 to {longest} tokens for this compressor, got {max_chunk_tokens}")
-    return max_chunk_tokens or longest
-
-
 def prompt_parts(backbone: Backbone, question: str, contents: Sequence[Sequence[Part]],
                  spec: SpanSpec | None = None) -> list[Part]:
     """The one prompt layout: contents and question, in one user message of the model's chat template.
@@ -380,18 +293,6 @@ def without_leading_space(pieces: Iterator[str]) -> Iterator[str]:
             yield shown
 
 
-def load_trained_compressor(compressor: str | Path, backbone: Backbone, budget: str | None = None) -> Compressor:
-    """A saved compressor by folder, or by method name the one that needs no folder (see `Compressor.ready_for`)."""
-    size = Budget.parse(budget) if budget is not None else None
-    if str(compressor) not in COMPRESSORS and Path(compressor).is_dir():
-        if size is not None:
-            raise InputError(f"the settings in {str(compressor)!r} say how large a span is; leave the budget out, or "
-                             "name a method instead of a folder")
-        return load_compressor(compressor, backbone)
-    # a method's name wins over a folder of that name
-    return compressor_class(str(compressor)).ready_for(backbone, size)
-
-
 __all__ = [
     "DEFAULT_TOP_K",
     "MODES",
@@ -399,7 +300,6 @@ __all__ = [
     "CompressedRAG",
     "IndexReport",
     "Mode",
-    "chunk_limit",
     "load_trained_compressor",
     "prompt_parts",
     "truncated_part",

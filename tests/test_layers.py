@@ -15,10 +15,11 @@ LAYERS: list[set[str]] = [
     {"backbone"},
     {"kv"},
     {"compressors", "index", "decoding"},
+    {"jobs"},
     {"pipeline", "training", "importers"},
     {"evaluation", "chat"},
     {"demo", "cli_output"},
-    {"cli_measure"},
+    {"cli_measure", "cli_precompress"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

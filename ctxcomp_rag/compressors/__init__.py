@@ -31,6 +31,18 @@ def load_compressor(path: str | Path, backbone: Backbone) -> Compressor:
     return compressor_class(read_config(Path(path))["method"]).from_pretrained(path, backbone)
 
 
+def load_trained_compressor(compressor: str | Path, backbone: Backbone, budget: str | None = None) -> Compressor:
+    """A saved compressor by folder, or by method name the one that needs no folder (see `Compressor.ready_for`)."""
+    size = Budget.parse(budget) if budget is not None else None
+    if str(compressor) not in COMPRESSORS and Path(compressor).is_dir():
+        if size is not None:
+            raise InputError(f"the settings in {str(compressor)!r} say how large a span is; leave the budget out, or "
+                             "name a method instead of a folder")
+        return load_compressor(compressor, backbone)
+    # a method's name wins over a folder of that name
+    return compressor_class(str(compressor)).ready_for(backbone, size)
+
+
 def load_reader(path: str | Path, backbone: Backbone) -> Compressor:
     """Of a saved compressor of any kind, what reading stored spans takes: for PCC the converter, not the encoder."""
     return compressor_class(read_config(Path(path))["method"]).reader_from_pretrained(path, backbone)
@@ -41,4 +53,5 @@ def decoder_of(path: str | Path) -> DecoderFingerprint:
     return DecoderFingerprint(**read_config(Path(path))["decoder"])
 
 
-__all__ = ["COMPRESSORS", "Budget", "Compressor", "compressor_class", "decoder_of", "load_compressor", "load_reader"]
+__all__ = ["COMPRESSORS", "Budget", "Compressor", "compressor_class", "decoder_of", "load_compressor", "load_reader",
+           "load_trained_compressor"]

@@ -83,6 +83,13 @@ class Compressor(ABC):
         factor = self.compression_factor if compression_factor is None else checked_factor(compression_factor)
         return math.ceil(num_tokens / factor)
 
+    def chunk_limit(self, max_chunk_tokens: int | None = None) -> int:
+        """Longest chunk in tokens; raises InputError for a limit that the compressor was not made for."""
+        longest = self.max_chunk_tokens
+        if max_chunk_tokens is not None and not 1 <= max_chunk_tokens <= longest:
+            raise InputError(f"expected chunks of 1 to {longest} tokens for this compressor, got {max_chunk_tokens}")
+        return max_chunk_tokens or longest
+
     def chunk_slots(self, chunk: Chunk, compression_factor: float | None = None) -> int:
         """Slots of the span that `compress` makes of a chunk; exact also where the decoder does not cut the text."""
         return self.num_slots(len(self.backbone.tokenizer.encode(chunk.text)), compression_factor)

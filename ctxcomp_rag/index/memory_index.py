@@ -6,7 +6,7 @@ import math
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -212,14 +212,47 @@ class MemoryIndex:
             if fresh:
                 made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32), self.codec) for i in fresh]
                 what = f"none of the {len(made)} chunks of this batch was committed to {self.path}"
-                size = sum(len(row.span) + row.vector.nbytes + len(row.chunk.text) for row in made)
-                table = self._on_disk(lambda: self._table.append(made, self.vector_size), what, size)
-                with self._state:
-                    ids = np.array([table.rows[row.chunk.id] for row in made], np.int64)
-                    self._vectors.add(ids, np.stack([row.vector for row in made]))
-                    self._table = table
-                self._after_commit(len(made))
+                self._append(made, what)
         return AddReport(len(fresh), len(chunks) - len(fresh))
+
+    def _append(self, rows: Sequence[Row], what: str) -> None:
+        size = sum(len(row.span) + row.vector.nbytes + len(row.chunk.text) for row in rows)
+        table = self._on_disk(lambda: self._table.append(rows, self.vector_size), what, size)
+        with self._state:
+            ids = np.array([table.rows[row.chunk.id] for row in rows], np.int64)
+            self._vectors.add(ids, np.stack([row.vector for row in rows]))
+            self._table = table
+        self._after_commit(len(rows))
+
+    def add_copies(self, chunks: Sequence[Chunk], originals: Sequence[str]) -> AddReport:
+        """Store chunks with the spans and vectors of others that have the same text, byte for byte, in one commit.
+
+        Args:
+            originals: `originals[i]` is the id of a stored chunk with the text of `chunks[i]`.
+
+        Raises:
+            InputError: there is no such original, or its text is another one.
+            IndexDamagedError, IndexLockedError, IndexFolderError: as for `get` and `add`.
+        """
+        with self._writing:
+            self._begin_writing()
+            fresh = {c.id: (c, o) for c, o in zip(chunks, originals, strict=True) if c.id not in self._table.rows}
+            if fresh:
+                self._require_known([o for _, o in fresh.values()], self._table)
+                stored = self._table.stored_rows([self._table.rows[o] for _, o in fresh.values()])
+                rows = [stored[self._table.rows[o]].copied_to(chunk) for chunk, o in fresh.values()]
+                self._append(rows, f"none of the {len(rows)} copies of this batch was committed to {self.path}")
+        return AddReport(len(fresh), len(chunks) - len(fresh))
+
+    def lock_for_writing(self) -> None:
+        """Become the writer now rather than at the first write.
+
+        Raises:
+            IndexLockedError: somebody else is writing; the message says who.
+            IndexFolderError: the index was opened read-only or closed.
+        """
+        with self._writing:
+            self._begin_writing()
 
     def missing(self, chunk_ids: Iterable[str]) -> set[str]:
         """Those of the given chunk ids that are not in the index: what a resumed job still has to do."""
@@ -335,6 +368,14 @@ class MemoryIndex:
 
     # ---- reading
 
+    def stored(self, chunk_ids: Iterable[str]) -> dict[str, tuple[Mapping[str, Any], int]]:
+        """Chunk id -> (metadata, number of slots) of those of the given chunks that are there; no span is read."""
+        def read(table: SpanTable) -> dict[str, tuple[Mapping[str, Any], int]]:
+            return table.read_settings([table.rows[c] for c in chunk_ids if c in table.rows])
+
+        chunk_ids = list(chunk_ids)
+        return self._reading(read)
+
     def get(self, chunk_ids: Sequence[str]) -> list[RetrievedSpan]:
         """Chunks and spans in the order of the ids, checked against their checksums; score is nan.
 
@@ -343,10 +384,7 @@ class MemoryIndex:
             IndexDamagedError: names a chunk whose bytes are not those that were written.
         """
         def read(table: SpanTable) -> list[RetrievedSpan]:
-            unknown = [c for c in chunk_ids if c not in table.rows]
-            if unknown:
-                raise InputError(f"expected ids of chunks in {self.path}, got {unknown[0]!r}"
-                                 f"{f' and {len(unknown) - 1} more unknown ones' if len(unknown) > 1 else ''}.")
+            self._require_known(chunk_ids, table)
             found = table.read_rows([table.rows[c] for c in dict.fromkeys(chunk_ids)])
             return [RetrievedSpan(*found[table.rows[c]][:2], math.nan) for c in chunk_ids]
 
@@ -385,12 +423,20 @@ class MemoryIndex:
     def vectors(self, chunk_ids: Sequence[str]) -> NDArray[np.float32]:
         """Unit vectors (len(chunk_ids), vector_size) of chunks; raises InputError for an unknown one."""
         def read(table: SpanTable) -> NDArray[np.float32]:
-            unknown = [c for c in chunk_ids if c not in table.rows]
-            if unknown:
-                raise InputError(f"expected ids of chunks in {self.path}, got {unknown[0]!r}")
+            self._require_known(chunk_ids, table)
             return self._vectors.vectors(np.array([table.rows[c] for c in chunk_ids], np.int64))
 
         return self._reading(read)
+
+    def _require_known(self, chunk_ids: Iterable[str], table: SpanTable) -> None:
+        unknown = [c for c in chunk_ids if c not in table.rows]
+        if unknown:
+            raise InputError(f"expected ids of chunks in {self.path}, got {unknown[0]!r}"
+                             f"{f' and {len(unknown) - 1} more unknown ones' if len(unknown) > 1 else ''}.")
+
+    def chunk_ids(self, document_id: str) -> frozenset[str]:
+        """Ids of a document's chunks, from memory; empty for an unknown document."""
+        return frozenset(self._table.documents.get(document_id, ()))
 
     def document_chunks(self, document_id: str) -> list[str]:
         """Ids of a document's chunks in the order of the text; [] for an unknown document."""

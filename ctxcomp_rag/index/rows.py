@@ -6,7 +6,7 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,6 +77,17 @@ def span_from_bytes(data: bytes) -> MemorySpan:
         raise ValueError(f"not a memory span: {error}") from error
 
 
+def _relabelled(data: bytes, chunk_id: str) -> bytes:
+    """The bytes of the same span for another chunk; codes of a lossy codec are not coded a second time."""
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    about = {**json.loads(header["__metadata__"]["span"]), "chunk_id": chunk_id}
+    header["__metadata__"]["span"] = json.dumps(about)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors behind it are aligned to 8 bytes
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
 def _decoded(tensors: Mapping[str, Tensor], about: Mapping[str, Any], role: Role) -> Tensor:
     shape, dtype = about["latent"][role]
     pieces = {name[len(role) :].removeprefix("."): t for name, t in tensors.items() if name.split(".")[0] == role}
@@ -112,6 +123,13 @@ class Row:
     def make(cls, chunk: Chunk, span: MemorySpan, vector: NDArray[np.float32], codec: str = "exact") -> Row:
         metadata = metadata_to_json(chunk.metadata, chunk.id)
         return cls(chunk, metadata, vector, span_to_bytes(span, codec), span.num_slots, span.num_source_tokens)
+
+    def copied_to(self, chunk: Chunk) -> Row:
+        """The row of another chunk with the same text: the same vector and tensors, bit for bit."""
+        if chunk.text != self.chunk.text:
+            raise InputError(f"expected a chunk with the text of {self.chunk.id!r}, got another text in {chunk.id!r}")
+        return replace(self, chunk=chunk, metadata=metadata_to_json(chunk.metadata, chunk.id),
+                       span=_relabelled(self.span, chunk.id))
 
     @property
     def checksum(self) -> int:
@@ -174,17 +192,31 @@ def row_to_chunk(row: Mapping[str, Any]) -> Chunk:
                  json.loads(row["metadata"]))
 
 
-def checked_row(row: Mapping[str, Any], vector: NDArray[np.float32]) -> tuple[Chunk, MemorySpan]:
-    name, document = row["chunk_id"], row["document_id"]
-    advice = "Run verify(), delete the damaged chunks, and compress their documents again."
+def checked_bytes(row: Mapping[str, Any], vector: NDArray[np.float32]) -> Row:
+    """A row as it was written; raises IndexDamagedError where the stored bytes are others."""
+    name = row["chunk_id"]
     try:
         chunk = row_to_chunk(row)
         stored = Row(chunk, row["metadata"], vector, row["span"], row["num_slots"], row["num_source_tokens"])
         if chunk.id != name or stored.checksum != row["crc"]:
             raise ValueError("the stored bytes do not match their checksum")
-        span = span_from_bytes(row["span"])
-        if span.chunk_id != name:
+    except (ValueError, TypeError) as error:
+        raise _damaged(row, error) from error
+    return stored
+
+
+def checked_row(row: Mapping[str, Any], vector: NDArray[np.float32]) -> tuple[Chunk, MemorySpan]:
+    stored = checked_bytes(row, vector)
+    try:
+        span = span_from_bytes(stored.span)
+        if span.chunk_id != stored.chunk.id:
             raise ValueError(f"the span stored with it belongs to chunk {span.chunk_id!r}")
     except (ValueError, TypeError) as error:
-        raise IndexDamagedError(f"chunk {name!r} of document {document!r} is damaged: {error}. {advice}") from error
-    return chunk, span
+        raise _damaged(row, error) from error
+    return stored.chunk, span
+
+
+def _damaged(row: Mapping[str, Any], error: Exception) -> IndexDamagedError:
+    return IndexDamagedError(
+        f"chunk {row['chunk_id']!r} of document {row['document_id']!r} is damaged: {error}. Run verify(), delete the "
+        f"damaged chunks, and compress their documents again.")

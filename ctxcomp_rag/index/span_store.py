@@ -26,7 +26,15 @@ from numpy.typing import NDArray
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError
 from ctxcomp_rag.index.folder import folder_bytes, fsync_all, fsync_path
-from ctxcomp_rag.index.rows import CHUNK_COLUMNS, Row, arrow_schema, checked_row, row_to_chunk, rows_to_arrow
+from ctxcomp_rag.index.rows import (
+    CHUNK_COLUMNS,
+    Row,
+    arrow_schema,
+    checked_bytes,
+    checked_row,
+    row_to_chunk,
+    rows_to_arrow,
+)
 from ctxcomp_rag.spans import MemorySpan
 
 if TYPE_CHECKING:
@@ -245,14 +253,26 @@ class SpanTable:
         Raises:
             IndexDamagedError: names the chunk whose bytes are not those that were written.
         """
+        return {row["_rowid"]: (*checked_row(row, vector), vector) for row, vector in self._whole_rows(row_ids)}
+
+    def stored_rows(self, row_ids: Sequence[int]) -> dict[int, Row]:
+        """Row id -> the row as it is stored; raises IndexDamagedError as `read_rows` does."""
+        return {row["_rowid"]: checked_bytes(row, vector) for row, vector in self._whole_rows(row_ids)}
+
+    def _whole_rows(self, row_ids: Sequence[int]) -> Iterator[tuple[dict[str, Any], NDArray[np.float32]]]:
         columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc", "span"]
-        found: dict[int, tuple[Chunk, MemorySpan, NDArray[np.float32]]] = {}
         for batch in _batches(row_ids, ROWS_PER_READ):
             table = self._scan(columns, filter=_row_filter(batch), with_row_id=True, blob_handling="all_binary")
             vectors = table["vector"].combine_chunks()
             flat = np.asarray(vectors.flatten() if len(table) else [], dtype=np.float32).reshape(len(table), -1)
-            for row, vector in zip(table.drop_columns(["vector"]).to_pylist(), flat, strict=True):
-                found[row["_rowid"]] = (*checked_row(row, vector), vector)
+            yield from zip(table.drop_columns(["vector"]).to_pylist(), flat, strict=True)
+
+    def read_settings(self, row_ids: Sequence[int]) -> dict[str, tuple[dict[str, Any], int]]:
+        """Chunk id -> (metadata, number of slots), without texts, vectors and spans."""
+        found: dict[str, tuple[dict[str, Any], int]] = {}
+        for batch in _batches(row_ids, 4096):
+            table = self._scan(["chunk_id", "metadata", "num_slots"], filter=_row_filter(batch))
+            found |= {r["chunk_id"]: (json.loads(r["metadata"]), r["num_slots"]) for r in table.to_pylist()}
         return found
 
     def vectors(self, row_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

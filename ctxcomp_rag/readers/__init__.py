@@ -13,7 +13,7 @@ from typing import Literal
 
 from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.errors import CtxcompError, InputError
-from ctxcomp_rag.readers.sources import Columns, Item, Source
+from ctxcomp_rag.readers.sources import Columns, Item, Source, stdin_bytes
 from ctxcomp_rag.readers.tables import read_csv, read_jsonl, read_parquet
 from ctxcomp_rag.readers.texts import read_html, read_pdf, read_stdin, read_text
 
@@ -44,6 +44,7 @@ def read_documents(
     metadata_columns: Sequence[str] = (),
     on_error: Literal["stop", "skip"] = "stop",
     on_skip: Callable[[str, CtxcompError], None] | None = None,
+    on_position: Callable[[int, int], None] | None = None,
 ) -> Iterator[Document]:
     """Documents from files, folders and standard input, in the order given, folders sorted by path.
 
@@ -62,6 +63,7 @@ def read_documents(
         text_column, id_column, metadata_columns: columns (JSON: fields) of files with rows; other files ignore them.
         on_error: "stop" raises the first error. "skip" leaves out the file or row, reports it and goes on.
         on_skip: called with the place (`file` or `file#row`) and the error for each that is left out.
+        on_position: called before each document with the bytes read so far and the bytes of all files (on disk).
 
     Raises:
         InputError: at once for arguments and paths that cannot be right; while iterating for a file or row that
@@ -88,7 +90,7 @@ def read_documents(
             else:
                 report(str(path), found)
     columns = Columns(text_column, id_column, tuple(metadata_columns))
-    return _documents(sources, columns, report, [str(path) for path in paths])
+    return _documents(sources, columns, report, [str(path) for path in paths], on_position)
 
 
 @dataclass
@@ -107,10 +109,14 @@ class _Report:
             self.on_skip(place, error)
 
 
-def _documents(sources: list[Source], columns: Columns, report: _Report, given: list[str]) -> Iterator[Document]:
+def _documents(sources: list[Source], columns: Columns, report: _Report, given: list[str],
+               on_position: Callable[[int, int], None] | None) -> Iterator[Document]:
     places: dict[str, str] = {}
+    before, total = 0, sum(source.size for source in sources) if on_position else 0
     for source in sources:
         for place, item in _items(source, columns):
+            if on_position:
+                on_position(before + source.position, total)
             if isinstance(item, Document) and item.id in places:
                 item = InputError(
                     f"the document id {item.id!r} occurs twice: in {places[item.id]} and in {place}; "
@@ -121,6 +127,7 @@ def _documents(sources: list[Source], columns: Columns, report: _Report, given: 
                 yield item
             else:
                 report(place, item)
+        before += source.size if on_position else 0
     if not places:
         reason = (
             f"all that was there was skipped ({report.count}), first because: {report.first}"
@@ -146,7 +153,7 @@ def _items(source: Source, columns: Columns) -> Iterator[Item]:
 
 def _expand(given: str) -> Iterator[Source | InputError]:
     if given == "-":
-        yield Source(None, "stdin", "stdin")
+        yield Source(None, "stdin", "stdin", stdin_bytes())
         return
     path = Path(given)
     if not given:  # an unset shell variable, perhaps; Path("") would be the current folder

@@ -7,7 +7,7 @@ import gzip
 import lzma
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import IO, Any, TypeAlias, cast
@@ -29,21 +29,39 @@ class Source:
         path: None for standard input.
         name: what ids and the metadata `source` say.
         place: what errors say: a path that can be opened from here.
+        content: of standard input.
     """
 
     path: Path | None
     name: str
     place: str
+    content: bytes = b""
+    _opened: list[IO[bytes]] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, 0 for one that cannot be read."""
+        try:
+            return len(self.content) if self.path is None else self.path.stat().st_size
+        except OSError:
+            return 0
+
+    @property
+    def position(self) -> int:
+        """Bytes of the file that were read so far, where that can be told: not in a compressed one."""
+        file = self._opened[-1] if self._opened else None
+        return file.tell() if file is not None and not file.closed else 0
 
     def open(self) -> IO[bytes]:
         """The bytes, decompressed."""
-        assert self.path is not None, "standard input is read once, by read_stdin"
+        assert self.path is not None, "standard input is not a file"
         suffix = self.path.suffix.lower()
         if suffix == ".gz":
             return cast(IO[bytes], gzip.open(self.path, "rb"))
         if suffix == ".xz":
             return lzma.open(self.path, "rb")
-        return self.path.open("rb")
+        self._opened[:] = [self.path.open("rb")]
+        return self._opened[0]
 
 
 @dataclass(frozen=True)

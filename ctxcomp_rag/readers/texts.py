@@ -9,7 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 from ctxcomp_rag.errors import InputError
-from ctxcomp_rag.readers.sources import Columns, Item, Source, decode, document_or_error, stdin_bytes
+from ctxcomp_rag.readers.sources import Columns, Item, Source, decode, document_or_error
 from ctxcomp_rag.readers.tables import json_rows, parse_row
 
 
@@ -29,7 +29,7 @@ def read_html(source: Source, columns: Columns) -> Iterator[Item]:
 
 
 def read_stdin(source: Source, columns: Columns) -> Iterator[Item]:
-    data = stdin_bytes()
+    data = source.content
     text = decode(data, source.place)
     # named by its content: another text on standard input is another document and replaces nothing
     source = replace(source, name=f"{source.name}@{hashlib.sha256(data).hexdigest()[:12]}")
