@@ -27,8 +27,14 @@ from ctxcomp_rag.index.folder import (
     is_disk_full,
 )
 from ctxcomp_rag.index.inputs import checked_vectors, places_of_chunks
+from ctxcomp_rag.index.pins import VersionPin, pinned_versions
 from ctxcomp_rag.index.rows import Row
-from ctxcomp_rag.index.span_store import SpanTable, manifest_files, set_aside_torn_manifests
+from ctxcomp_rag.index.span_store import (
+    SpanTable,
+    manifest_files,
+    remove_torn_manifests,
+    set_aside_torn_manifests,
+)
 from ctxcomp_rag.index.texts import TextTable
 from ctxcomp_rag.index.vectors import CURRENT, VectorIndex
 from ctxcomp_rag.index.verify import VerifyReport, check_rows, check_vectors
@@ -62,7 +68,7 @@ class MemoryIndex:
     """Compressed chunks on disk, searched by vector. Make one with `create` or `open`.
 
     Any number of readers and at most one writer, over all processes. A reader sees the version it opened until
-    `refresh`. All methods may be called from several threads.
+    `refresh`, through every compaction but one that erases. All methods may be called from several threads.
 
     Attributes:
         spec: what the spans are and which decoder reads them.
@@ -78,7 +84,7 @@ class MemoryIndex:
         self.retrieval_encoder, self.codec = manifest.retrieval_encoder, manifest.codec
         self._table, self._vectors = table, vectors
         self._saved_version, self._unsaved_rows, self._commits = saved, 0, 0
-        self._writer = WriterLock(path)
+        self._writer, self._pin = WriterLock(path), VersionPin(path, table.version)
         self._writing = threading.RLock()  # one writing thread at a time
         self._state = threading.RLock()  # `_table` and `_vectors` change together
         self._texts, self._looking = TextTable(), threading.Lock()
@@ -151,6 +157,7 @@ class MemoryIndex:
             if self._writer.held:
                 self._save_snapshot()
                 self._writer.release()
+            self._pin.release()
             self._closed = True
 
     def __enter__(self) -> Self:
@@ -285,16 +292,19 @@ class MemoryIndex:
                 self._after_commit(len(row_ids))
         return len(row_ids)
 
-    def compact(self, *, drop_unreadable: bool = False) -> None:
-        """Merge small files, erase deleted chunks and old versions from the disk, save the search snapshot.
+    def compact(self, *, erase: bool = False, drop_unreadable: bool = False) -> None:
+        """Merge small files, remove deleted chunks and old versions from the disk, save the search snapshot.
 
-        Readers that opened an older version move on to the new one when they next read.
+        Files of an older version that somebody has open stay; a later compaction removes them.
 
         Args:
+            erase: remove them at once: when this returns, no file of the folder holds text, vectors or spans of
+                deleted chunks. Readers of an older version move on to the new one when they next read.
             drop_unreadable: give up the chunks in data files that cannot be read.
 
         Raises:
             IndexDamagedError: a data file cannot be read.
+            IndexFolderError: the disk is full, or `erase` could not remove a file.
         """
         with self._writing:
             self._begin_writing()
@@ -305,12 +315,19 @@ class MemoryIndex:
                     f"{', '.join(table.unreadable)}. Restore them from a copy, or give up their chunks with "
                     f"compact(drop_unreadable=True) and precompress their documents again."
                 )
-            self._compact()
-            self._save_snapshot()
+            self._compact(erase)
+            if erase:
+                what = f"the search snapshot of {self.path} may still hold vectors of deleted chunks"
+                self._on_disk(self._write_snapshot, what, 0)
+                remove_torn_manifests(self.path)
+            else:
+                self._save_snapshot()
 
-    def _compact(self) -> None:
+    def _compact(self, erase: bool = False) -> None:
         def compact() -> SpanTable:
-            return (self._table.drop_unreadable() if self._table.unreadable else self._table).compact()
+            table = (self._table.drop_unreadable() if self._table.unreadable else self._table).compact()
+            table.remove_old_versions(() if erase else pinned_versions(self.path))
+            return table
 
         what = f"{self.path} was not compacted, its chunks are all there"
         self._publish(self._on_disk(compact, what, folder_bytes(self.path / TABLE)))
@@ -328,6 +345,7 @@ class MemoryIndex:
             except BaseException:
                 self._writer.release()
                 raise
+            self._pin.release()  # nobody else removes files now
         self.refresh()  # after others' commits, and after an own one that was interrupted before it was noted
 
     def _on_disk(self, write: Callable[[], T], what: str, needed: int) -> T:
@@ -352,19 +370,25 @@ class MemoryIndex:
             self._save_snapshot()
 
     def _save_snapshot(self) -> None:
-        if self._saved_version == self._table.version:
-            return
         try:
-            self._vectors.save(self.path, self._table.version)
-            self._saved_version, self._unsaved_rows = self._table.version, 0
+            self._write_snapshot()
         except OSError as error:  # it only saves time at the next open
             warnings.warn(f"the search snapshot of {self.path} was not saved ({error}); opening will take longer.",
                           stacklevel=3)
 
+    def _write_snapshot(self) -> None:
+        if self._saved_version != self._table.version:
+            self._vectors.save(self.path, self._table.version)
+            self._saved_version, self._unsaved_rows = self._table.version, 0
+
     def _publish(self, table: SpanTable) -> None:
+        pin = None if self._writer.held or self._closed else VersionPin(self.path, table.version)
         with self._state:
             _replay(self._vectors, table)
             self._table = table
+        if pin is not None:
+            self._pin.release()
+            self._pin = pin
 
     # ---- reading
 

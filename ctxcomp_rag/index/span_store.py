@@ -382,7 +382,7 @@ class SpanTable:
         return SpanTable(dataset)
 
     def compact(self) -> SpanTable:
-        """Few large files, without deleted rows and old versions."""
+        """Few large files without deleted rows; those of old versions stay until `remove_old_versions`."""
         import lance
         from lance.optimize import Compaction
 
@@ -403,9 +403,31 @@ class SpanTable:
         if done:
             Compaction.commit(dataset, done)
             _fsync_new(self.path, before)
-        # nobody else writes, so files that belong to no version are the remains of killed writers
-        dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
         return SpanTable(lance.dataset(str(self.path)))
+
+    def remove_old_versions(self, keep: Iterable[int] = ()) -> None:
+        """Leave only the files of this version, which has to be the latest, and of those to keep.
+
+        Raises:
+            OSError: a file with rows of an older version is still there.
+        """
+        # nobody else writes, so files that belong to no version are the remains of killed writers
+        options = {"delete_unverified": True, "error_if_tagged_old_versions": False}
+        kept = {self.version, *keep}
+        if len(kept) > 1:
+            old = [version for version, _ in manifest_files(self.path) if version not in kept]
+            if old:
+                self._dataset.cleanup_old_versions(versions=old, **options)
+            return
+        self._dataset.cleanup_old_versions(older_than=timedelta(0), **options)
+        mine = {Path(name).stem for fragment in self._dataset.get_fragments() for name in _data_files(fragment)}
+        strays = [p.name for p in _listing(self.path / "data") if p.stem not in mine]
+        if strays:
+            raise OSError(errno.EBUSY, f"files of older versions could not be removed: {', '.join(strays)}")
+
+    def count_rows(self) -> int:
+        """Rows on the disk, counted by Lance; as many as `rows`, unless files are unreadable."""
+        return int(self._dataset.count_rows())
 
 
 def _open_dataset(path: Path, version: int | None = None) -> Any:
@@ -472,6 +494,12 @@ def set_aside_torn_manifests(path: Path) -> list[Path]:
     if moved:
         fsync_path(path / "_versions")
     return moved
+
+
+def remove_torn_manifests(folder: Path) -> None:
+    """Remove what `set_aside_torn_manifests` moved to the index folder."""
+    for file in folder.glob("torn-*.manifest"):
+        file.unlink(missing_ok=True)
 
 
 def _listing(folder: Path) -> list[Path]:

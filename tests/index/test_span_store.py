@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +14,11 @@ from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.index.rows import Row, metadata_to_json, span_from_bytes, span_to_bytes
 from ctxcomp_rag.index.span_store import SpanTable
-from ctxcomp_rag.spans import KVSpan, MemorySpan, SoftSpan
+from ctxcomp_rag.spans import KVSpan, SoftSpan
+from tests.index.checks import assert_same_span
 from tests.index.conftest import flip_byte, kv_span, make_corpus, soft_span
 
 CHUNK = Chunk("d", "text", 0, 4, 8, {"lang": "en"})
-
-
-def assert_same_span(a: MemorySpan, b: MemorySpan) -> None:
-    assert type(a) is type(b)
-    for field in fields(a):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        if isinstance(x, torch.Tensor):
-            assert x.dtype == y.dtype
-            assert x.shape == y.shape
-            assert torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8)), field.name
-        else:
-            assert x == y
 
 
 def rows_of(count: int, seed: int = 0) -> list[Row]:
