@@ -17,8 +17,8 @@ LAYERS: list[set[str]] = [
     {"compressors", "index", "decoding"},
     {"pipeline", "training", "importers"},
     {"evaluation", "chat"},
-    {"demo", "cli_output"},
-    {"cli_measure"},
+    {"serving", "demo", "cli_output"},
+    {"cli_measure", "cli_serve"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
