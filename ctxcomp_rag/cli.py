@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ctxcomp_rag import cli_measure, cli_precompress
+from ctxcomp_rag import cli_measure, cli_precompress, cli_serve
 from ctxcomp_rag.cli_output import IndexDir, Json, Model, print_json, printable, quiet, to_err, to_out
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, InputError
 
@@ -28,6 +28,8 @@ app = typer.Typer(name="ctxcomp", no_args_is_help=True, add_completion=False, pr
 app.command()(cli_precompress.precompress)
 app.command(name="eval")(cli_measure.evaluate)
 app.command()(cli_measure.codecs)
+app.command()(cli_serve.serve)
+app.command("api-key")(cli_serve.api_key)
 
 
 class AnswerMode(StrEnum):

@@ -2,6 +2,7 @@
 
     CtxcompError
     ├── InputError(ValueError)            a document, file, column or argument is not usable
+    │   └── PromptTooLongError            a prompt or its answer is longer than what may be read
     ├── SpanShapeError(ValueError)        tensors of a span do not fit together
     ├── IncompatibleSpanError(ValueError) a span was made for another decoder or compressor
     ├── SpanReferenceError(ValueError)    a reference to a span is forged, expired, or of another scope
@@ -26,6 +27,10 @@ class CtxcompError(Exception):
 
 class InputError(CtxcompError, ValueError):
     """A document, file, column or argument is not usable."""
+
+
+class PromptTooLongError(InputError):
+    """A prompt takes more positions, or asks for a longer answer, than the decoder or a limit allows."""
 
 
 class SpanShapeError(CtxcompError, ValueError):

@@ -179,8 +179,8 @@ class CompressedRAG:
         return self.memory.search(embed_texts(self.encoder, [question]), top_k, where=where)[0]
 
     def prompt(self, question: str, sources: Sequence[RetrievedSpan], mode: Mode = "spans", *,
-               blend: float = 0.0) -> list[Part]:
-        """The parts of the prompt that answers `question` from `sources` (see `prompt_parts`)."""
+               blend: float = 0.0, history: Sequence[Message] = ()) -> list[Part]:
+        """The parts of the prompt that answers `question` from `sources`, after `history` (see `prompt_parts`)."""
         contents: list[list[Part]] = []
         for source in sources:
             if mode == "spans":
@@ -189,7 +189,7 @@ class CompressedRAG:
                 contents.append([source.chunk.text])
             elif mode == "truncated":
                 contents.append([truncated_part(self.backbone, source.chunk, self.read(source).num_slots)])
-        return prompt_parts(self.backbone, question, contents, self.spec if mode == "spans" else None)
+        return prompt_parts(self.backbone, question, contents, self.spec if mode == "spans" else None, history)
 
     def _reader(self, mode: Mode) -> FrozenDecoder:
         """Answers from spans end where the compressor's layout says, others where the model does."""
@@ -253,21 +253,28 @@ class CompressedRAG:
 
 
 def prompt_parts(backbone: Backbone, question: str, contents: Sequence[Sequence[Part]],
-                 spec: SpanSpec | None = None) -> list[Part]:
+                 spec: SpanSpec | None = None, history: Sequence[Message] = ()) -> list[Part]:
     """The one prompt layout: contents and question, in one user message of the model's chat template.
 
     Args:
         spec: of the spans among the contents; where it brings a layout of its own, that one.
+        history: messages before the question's.
+
+    Raises:
+        InputError: there is a history and the layout of `spec` has no place for one.
     """
     own = question_prompt(question, contents, spec) if spec is not None else None
     if own is not None:
+        if history:
+            raise InputError(f"the prompt that the compressor {spec.compressor if spec else ''} was trained with holds "
+                             "one question and no conversation; send the question as the only message")
         return own
     body: list[Part] = []
     for content in contents:
         body += [*content, Text("\n\n")]
     # One part for "\n\nQuestion: ..." keeps the tokens that training saw; it may not be cut before the question.
     body = [*body[:-1], f"\n\nQuestion: {question}"]
-    return render_chat(backbone.tokenizer, [Message("user", tuple(body))])
+    return render_chat(backbone.tokenizer, [*history, Message("user", tuple(body))])
 
 
 def blended(source: RetrievedSpan, fraction: float) -> list[Part]:

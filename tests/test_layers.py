@@ -18,8 +18,8 @@ LAYERS: list[set[str]] = [
     {"jobs"},
     {"pipeline", "training", "importers"},
     {"evaluation", "chat"},
-    {"demo", "cli_output"},
-    {"cli_measure", "cli_precompress"},
+    {"serving", "demo", "cli_output"},
+    {"cli_measure", "cli_precompress", "cli_serve"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

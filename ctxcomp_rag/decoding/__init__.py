@@ -1,7 +1,7 @@
 """Reading spliced prompts with a frozen decoder."""
 
 from ctxcomp_rag.decoding.decoder import FrozenDecoder
-from ctxcomp_rag.decoding.generation import Generation, GenerationSettings
+from ctxcomp_rag.decoding.generation import Generation, GenerationSettings, RequestLimits
 from ctxcomp_rag.decoding.preroll import PrerolledSpans, preroll
 from ctxcomp_rag.decoding.prompt import (
     Blended,
@@ -19,6 +19,5 @@ from ctxcomp_rag.decoding.scheduler import RequestScheduler, Ticket
 from ctxcomp_rag.decoding.splice import PromptUsage, SplicedPrompt, splice
 
 __all__ = ["Blended", "Delimiter", "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part",
-           "PrerolledSpans", "PromptUsage", "RequestScheduler", "SplicedPrompt", "Text", "Ticket", "TokenIds",
-           "enclosed", "preroll", "question_prompt", "reconstruction_prompt",
-           "render_chat", "splice"]
+           "PrerolledSpans", "PromptUsage", "RequestLimits", "RequestScheduler", "SplicedPrompt", "Text", "Ticket",
+           "TokenIds", "enclosed", "preroll", "question_prompt", "reconstruction_prompt", "render_chat", "splice"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from ctxcomp_rag.decoding.splice import PromptUsage
-from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.errors import InputError, PromptTooLongError
 from ctxcomp_rag.tokenization import TextTokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -47,6 +47,36 @@ class GenerationSettings:
             raise InputError(f"expected temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}")
         if any(not s for s in self.stop):
             raise InputError("a stop string must not be empty")
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """What one request may cost; None for what only the decoder's window bounds.
+
+    Attributes:
+        max_prompt_positions: text tokens and slots of the prompt.
+        max_new_tokens: of the answer.
+    """
+
+    max_prompt_positions: int | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_positions", "max_new_tokens"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise InputError(f"expected {name} of at least 1, got {limit}; leave it out for no limit")
+
+    def check_answer(self, max_new_tokens: int) -> None:
+        """Raises PromptTooLongError for an answer that may become longer than allowed."""
+        if self.max_new_tokens is not None and max_new_tokens > self.max_new_tokens:
+            raise PromptTooLongError(f"an answer of {max_new_tokens} tokens was asked for, the limit is "
+                                     f"{self.max_new_tokens}; ask for a shorter one")
+
+    def check_prompt(self, positions: int) -> None:
+        """Raises PromptTooLongError for a prompt of more positions than allowed."""
+        if self.max_prompt_positions is not None and positions > self.max_prompt_positions:
+            raise PromptTooLongError(f"the prompt takes {positions} positions, the limit is "
+                                     f"{self.max_prompt_positions}; retrieve fewer chunks, or shorten the text")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import NoReturn, Self
 from weakref import WeakSet
 
 from ctxcomp_rag.decoding.decoder import FrozenDecoder
-from ctxcomp_rag.decoding.generation import Generation, GenerationSettings
+from ctxcomp_rag.decoding.generation import Generation, GenerationSettings, RequestLimits
 from ctxcomp_rag.decoding.loop import DecodingLoop, Request
 from ctxcomp_rag.decoding.prompt import Part
 from ctxcomp_rag.errors import InputError, SchedulerFullError, UnsupportedModelError
@@ -195,13 +195,17 @@ class RequestScheduler:
     Args:
         max_batch: rows that decode together.
         max_waiting: requests that may wait; one more raises SchedulerFullError.
+        limits: what one request may cost.
     """
 
-    def __init__(self, decoder: FrozenDecoder, *, max_batch: int = 8, max_waiting: int = 1024) -> None:
+    def __init__(self, decoder: FrozenDecoder, *, max_batch: int = 8, max_waiting: int = 1024,
+                 limits: RequestLimits | None = None) -> None:
         if max_batch < 1 or max_waiting < 1:
             raise InputError("expected max_batch and max_waiting of at least 1, got "
                              f"{max_batch} and {max_waiting}")
         self.decoder, self.max_batch, self.max_waiting = decoder, max_batch, max_waiting
+        self.limits = limits or RequestLimits()
+        self._decoding = 0
         self._waiting: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -219,11 +223,16 @@ class RequestScheduler:
 
         Raises:
             SchedulerFullError: `max_waiting` requests are waiting already, or the scheduler was closed.
+            PromptTooLongError: the request is over the `limits`, or over the decoder's window.
         """
         self.require_own_process()  # before the lock, which the fork may have left locked
+        settings = settings or GenerationSettings()
+        self.limits.check_answer(settings.max_new_tokens)
         with self._changed:
             self._require_room()  # before the work of splicing
-        ticket = Ticket(self.decoder.request(parts, settings))
+        request = self.decoder.request(parts, settings)
+        self.limits.check_prompt(request.prompt.usage.positions)
+        ticket = Ticket(request)
         with self._changed:
             self._require_room()
             if self._thread is None or not self._thread.is_alive():
@@ -244,6 +253,16 @@ class RequestScheduler:
     def closed(self) -> bool:
         """Whether it takes no more requests."""
         return self._closed
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def decoding(self) -> int:
+        """Requests in the batch."""
+        return self._decoding
 
     def close(self) -> None:
         """Finish what was submitted, take nothing more."""
@@ -294,12 +313,14 @@ class RequestScheduler:
             except Exception as error:  # the cache may be half written: nobody goes on from it
                 _end_all(active, error)
                 loop = DecodingLoop(self.decoder.backbone)
+            self._decoding = len(active)
 
     def _round(self, loop: DecodingLoop, active: dict[Request, Ticket]) -> None:
         """Leave, join, one token. A method of its own, so that an idle worker holds on to nobody's request."""
         self._leave(loop, [request for request, ticket in active.items() if ticket.cancelled.is_set()], active)
         loop.feed()
         self._join(loop, active)
+        self._decoding = len(active)
         if not active:
             return
         ended = loop.advance()

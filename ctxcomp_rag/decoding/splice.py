@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding.prompt import Blended, Delimiter, Part, Text, TokenIds, text_ids
-from ctxcomp_rag.errors import IncompatibleSpanError, InputError
+from ctxcomp_rag.errors import IncompatibleSpanError, InputError, PromptTooLongError
 from ctxcomp_rag.rope import require_full_attention, rotate_keys
 from ctxcomp_rag.spans import KVSpan, SoftSpan
 
@@ -165,12 +165,12 @@ def splice(parts: Sequence[Part], backbone: Backbone) -> SplicedPrompt:
 
 
 def place(layout: Layout, backbone: Backbone) -> SplicedPrompt:
-    """A layout embedded and moved to its positions; raises InputError where the decoder's window ends before it."""
+    """A layout embedded and moved to its positions; raises PromptTooLongError where the decoder's window ends first."""
     window = backbone.max_positions
     if layout.num_positions >= window:
-        raise InputError(f"the prompt needs {layout.num_positions} positions, but the decoder "
-                         f"{backbone.model_id!r} was made for {window}. Retrieve fewer chunks (--top-k), compress "
-                         "more, or let the cache forget (--cache-budget)")
+        raise PromptTooLongError(
+            f"the prompt needs {layout.num_positions} positions, but the decoder {backbone.model_id!r} was made for "
+            f"{window}. Retrieve fewer chunks (--top-k), compress more, or let the cache forget (--cache-budget)")
     builder = _Builder(backbone)
     for piece in layout.pieces:
         builder.add(piece)

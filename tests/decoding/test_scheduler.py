@@ -9,7 +9,6 @@ import pickle
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -20,49 +19,21 @@ import torch
 from transformers import DynamicCache
 
 from ctxcomp_rag.backbone import Backbone
-from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, Part, RequestScheduler, Ticket, TokenIds
+from ctxcomp_rag.decoding import (
+    FrozenDecoder,
+    GenerationSettings,
+    Part,
+    RequestLimits,
+    RequestScheduler,
+    Ticket,
+    TokenIds,
+)
 from ctxcomp_rag.decoding.batching import merge, prefill
 from ctxcomp_rag.decoding.loop import DecodingLoop
-from ctxcomp_rag.errors import InputError, SchedulerFullError
+from ctxcomp_rag.errors import InputError, PromptTooLongError, SchedulerFullError
 from ctxcomp_rag.spans import KVSpan, SoftSpan
+from tests.gate import PATIENCE, Gate, eventually
 from tests.tiny_models import tiny_backbone, tiny_config, tiny_model, tiny_tokenizer
-
-PATIENCE = 60.0  # of a deadlock only; nothing here takes that long
-
-
-class Gate:
-    """Watches the decoder's forward passes (rows, new tokens) and holds them up on request."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        self.passes: list[tuple[int, int]] = []
-        self.open = threading.Event()
-        self.open.set()
-        self.waiting = threading.Event()
-        self._from = 0
-        self.failure: Callable[[int, int], BaseException | None] = lambda rows, length: None
-        self._handle = backbone.model.register_forward_pre_hook(self._see, with_kwargs=True)
-
-    def _see(self, _: Any, __: Any, kwargs: dict[str, Any]) -> None:
-        rows, length = kwargs["inputs_embeds"].shape[:2]
-        self.passes.append((rows, length))
-        if not self.open.is_set() and len(self.passes) > self._from:
-            self.waiting.set()
-            assert self.open.wait(PATIENCE)
-        if error := self.failure(rows, length):
-            raise error
-
-    def hold(self, after: int = 0) -> None:
-        """The next forward pass waits, or the one after so many."""
-        self._from = len(self.passes) + after
-        self.waiting.clear()
-        self.open.clear()
-
-    def held(self) -> None:
-        assert self.waiting.wait(PATIENCE)
-
-    def remove(self) -> None:
-        self.open.set()
-        self._handle.remove()
 
 
 @pytest.fixture
@@ -112,16 +83,6 @@ def mixed_prompt(backbone: Backbone, number: int) -> list[Part]:
 def settings(number: int) -> GenerationSettings:
     """Greedy and sampled, short and long, in turn."""
     return GenerationSettings(3 + 5 * (number % 4), temperature=float(number % 2), top_p=0.9, seed=number)
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    """Whether it comes true before patience ends."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def decoder_threads() -> list[threading.Thread]:
@@ -700,3 +661,33 @@ def test_a_program_may_end_in_the_middle_of_an_answer() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False,
                           timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+# -- limits and backpressure
+
+
+def test_a_request_over_the_limits_is_refused_before_it_waits(decoder: FrozenDecoder) -> None:
+    with RequestScheduler(decoder, limits=RequestLimits(max_prompt_positions=6, max_new_tokens=5)) as scheduler:
+        with pytest.raises(PromptTooLongError, match=r"answer of 6 tokens was asked for, the limit is 5"):
+            scheduler.submit([ids(1, 3)], GenerationSettings(6))
+        with pytest.raises(PromptTooLongError, match=r"takes 7 positions, the limit is 6; retrieve fewer chunks"):
+            scheduler.submit([ids(1, 3), soft_span(decoder.backbone, 1, 4)], GenerationSettings(5))
+        allowed = scheduler.submit([ids(1, 3), soft_span(decoder.backbone, 1, 3)], GenerationSettings(5))
+        assert allowed.result(PATIENCE).usage.positions == 6
+
+
+def test_a_limit_is_at_least_one() -> None:
+    with pytest.raises(InputError, match="max_new_tokens of at least 1, got 0"):
+        RequestLimits(max_new_tokens=0)
+
+
+def test_it_says_how_many_wait_and_how_many_decode(scheduler: RequestScheduler, gate: Gate) -> None:
+    gate.hold(after=1)
+    first = scheduler.submit([ids(0, 3)], GenerationSettings(4))
+    gate.held()
+    others = [scheduler.submit([ids(n, 3)], GenerationSettings(4)) for n in range(3)]
+    assert (scheduler.decoding, scheduler.waiting) == (1, 3)
+    gate.open.set()
+    for ticket in (first, *others):
+        ticket.result(PATIENCE)
+    assert eventually(lambda: (scheduler.decoding, scheduler.waiting) == (0, 0))
