@@ -11,14 +11,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ctxcomp_rag"
 LAYERS: list[set[str]] = [
     {"errors", "references"},
-    {"chunking", "spans", "rope", "tokenization", "retrieval", "readers"},
+    {"chunking", "spans", "rope", "tokenization", "retrieval", "readers", "acceleration"},
     {"backbone"},
     {"kv"},
     {"compressors", "index", "decoding"},
     {"pipeline", "training", "importers"},
     {"evaluation", "chat"},
     {"demo", "cli_output"},
-    {"cli_measure"},
+    {"cli_measure", "cli_bench"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
