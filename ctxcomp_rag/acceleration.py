@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -48,7 +49,8 @@ def grouped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     scores = (rows @ key.transpose(2, 3)).view(batch, groups, heads // groups, n, entries)
     if attention_mask is not None:
         mask = attention_mask[:, :, None]
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        # not infinity: a row of padding sees nothing, and nan would spread from it
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1).view(batch, groups, -1, entries)
     return (weights @ value).view(batch, heads, n, width).transpose(1, 2).contiguous(), None
 
@@ -88,7 +90,7 @@ def with_int8_linears(model: PreTrainedModel) -> PreTrainedModel:
         model.set_output_embeddings(head)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces torchao, whose int8 is slower without a compiler
-        made: PreTrainedModel = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8, inplace=True)
+        made: PreTrainedModel = quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
     return made
 
 

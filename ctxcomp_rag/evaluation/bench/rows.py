@@ -66,7 +66,7 @@ class Rows:
         if found is None:
             raise InputError(f"there is no row {name!r}; expected one of {', '.join(ROWS)}, other factors, or one of "
                              "them with -fast-attention or -int8 at its end")
-        what, kind, factor, fast, int8 = found.groups()
+        what, kind, _, fast, int8 = found.groups()
         backbone = self._decoder(fast is not None, int8 is not None)
         if kind is None and what != "full-kv":
             return Row(name, self._bare(what, backbone))

@@ -24,7 +24,7 @@ class Run(ABC):
 
     positions: int = 0
 
-    def assemble(self) -> None:
+    def assemble(self) -> None:  # noqa: B027 - bare runs have nothing to assemble
         """Fetch what is read and lay it out."""
 
     @abstractmethod
@@ -35,7 +35,7 @@ class Run(ABC):
     def following(self) -> None:
         """One more token."""
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027
         """Put back what a later run needs; not timed."""
 
 

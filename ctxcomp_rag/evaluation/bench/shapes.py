@@ -42,7 +42,8 @@ def load_shape(name: str, **overrides: Any) -> Backbone:
     """
     if name not in SHAPES:
         if not Path(name).is_dir() and name != "embedded":
-            raise InputError(f"expected a shape ({', '.join(SHAPES)}), 'embedded' or the folder of a model, got {name!r}")
+            raise InputError(f"expected a shape ({', '.join(SHAPES)}), 'embedded' or the folder of a model, "
+                             f"got {name!r}")
         return load_frozen(name, dtype=torch.float32)
     config = {**shape_config(name), **overrides}
     with torch.random.fork_rng():
