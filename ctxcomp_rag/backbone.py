@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ctxcomp_rag.acceleration import with_grouped_attention, with_int8_linears
 from ctxcomp_rag.errors import ModelLoadError, UnsupportedModelError
 from ctxcomp_rag.rope import RotaryPositions, rope_fingerprint, rotate_keys
 from ctxcomp_rag.spans import DecoderFingerprint
@@ -53,6 +54,7 @@ class Backbone:
         self.config = model.config.get_text_config()
         self.model_id, self.revision = model_id, revision
         self._tokenizer = TextTokenizer(tokenizer) if tokenizer is not None else None
+        self._same_as: Backbone | None = None
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -140,6 +142,24 @@ class Backbone:
         tree: PreTrainedModel = copy.deepcopy(self.model, shared)
         return tree
 
+    def accelerated(self, *, attention: bool = True, int8: bool = False) -> Backbone:
+        """The same decoder made faster on a CPU (see `ctxcomp_rag.acceleration`); weights but int8 ones are shared.
+
+        It keeps the fingerprint: it reads the same spans, in int8 with different numerics.
+
+        Args:
+            attention: attend by `grouped_attention`.
+            int8: linear layers in int8; **different numerics**.
+        """
+        tree = self.second_tree()
+        tree = with_grouped_attention(tree) if attention else tree
+        tree = with_int8_linears(tree) if int8 else tree
+        made = copy.copy(self)
+        for name in ("rope", "first_layers", "fingerprint"):
+            made.__dict__.pop(name, None)
+        made.model, made.config, made._same_as = tree, tree.config.get_text_config(), self
+        return made
+
     @cached_property
     def first_layers(self) -> PreTrainedModel:
         """The embedding and the first two layers as a model of their own, over the same tensors."""
@@ -158,6 +178,8 @@ class Backbone:
 
     @cached_property
     def fingerprint(self) -> DecoderFingerprint:
+        if self._same_as is not None:
+            return self._same_as.fingerprint
         return DecoderFingerprint(
             model_id=self.model_id,
             revision=self.revision,

@@ -123,6 +123,12 @@ def rotate_keys(keys: Tensor, shift: Tensor | int, rope: RotaryPositions) -> Ten
     angle = shift.to(torch.float64)[..., None] * rope.inv_freq.to(keys.device, torch.float64)
     cos, sin = angle.cos().to(torch.float32), angle.sin().to(torch.float32)
     half, dim = rope.rotary_dim // 2, rope.rotary_dim
-    first, second, rest = keys[..., :half].float(), keys[..., half:dim].float(), keys[..., dim:]
-    moved = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([moved.to(keys.dtype), rest], dim=-1)
+    first, second = keys[..., :half].float(), keys[..., half:dim].float()
+    if keys.dtype != torch.float32:
+        moved = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return torch.cat([moved.to(keys.dtype), keys[..., dim:]], dim=-1)
+    made = torch.empty_like(keys, memory_format=torch.contiguous_format)
+    torch.mul(first, cos, out=made[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=made[..., half:dim]).addcmul_(first, sin)
+    made[..., dim:] = keys[..., dim:]
+    return made

@@ -11,15 +11,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ctxcomp_rag"
 LAYERS: list[set[str]] = [
     {"errors", "references"},
-    {"chunking", "spans", "rope", "tokenization", "retrieval", "readers"},
+    {"chunking", "spans", "rope", "tokenization", "retrieval", "readers", "acceleration"},
     {"backbone"},
     {"kv"},
     {"compressors", "index", "decoding"},
     {"jobs"},
     {"pipeline", "training", "importers"},
     {"evaluation", "chat"},
-    {"serving", "demo", "cli_output"},
-    {"cli_measure", "cli_precompress", "cli_serve"},
+    {"cli_output", "demo", "serving"},
+    {"cli_bench", "cli_measure", "cli_precompress", "cli_serve"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

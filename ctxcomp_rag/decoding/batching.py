@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding.blend import blend
+from ctxcomp_rag.decoding.cache import keeps_all, new_cache
 from ctxcomp_rag.decoding.splice import BlendedRun, EmbeddedRun, SplicedPrompt
+
+
+_ROOM_FOR_ANSWER = 64
 
 
 @dataclass
@@ -38,7 +41,7 @@ class DecodingState:
         self.logits, self.mask, self.positions = self.logits[index], self.mask[index], self.positions[index]
         padding = int(self.mask.any(0).int().argmax())
         layers: list[Any] = list(self.cache.layers)
-        if padding and all(type(layer) is DynamicLayer for layer in layers):  # others count what they have seen
+        if padding and keeps_all(self.cache):  # other layers count what they have seen
             self.mask = self.mask[:, padding:]
             for layer in layers:
                 layer.keys, layer.values = layer.keys[:, :, padding:], layer.values[:, :, padding:]
@@ -72,7 +75,7 @@ def merge(states: Sequence[DecodingState], backbone: Backbone) -> DecodingState:
     Only for models whose layers all keep every position (`require_full_attention`).
     """
     width = max(s.mask.shape[1] for s in states)
-    cache = DynamicCache(config=backbone.model.config)
+    cache = new_cache(backbone)
 
     def padded(tensor: Tensor) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, 0, width - tensor.shape[2], 0))
@@ -96,7 +99,7 @@ def _forward(backbone: Backbone, embeds: Tensor, positions: Tensor, mask: Tensor
 
 
 def _walk(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -> tuple[Tensor, DynamicCache]:
-    cache = DynamicCache(config=backbone.model.config)
+    cache = new_cache(backbone, prompt.length + _ROOM_FOR_ANSWER)
     seen = 0
     kept: list[Tensor] = []
     for number, run in enumerate(prompt.runs):
@@ -133,6 +136,6 @@ def _prefill_together(prompts: Sequence[SplicedPrompt], backbone: Backbone) -> D
         assert isinstance(run, EmbeddedRun)
         n = run.embeds.shape[0]
         embeds[row, width - n :], positions[row, width - n :], mask[row, width - n :] = run.embeds, run.positions, 1
-    cache = DynamicCache(config=backbone.model.config)
+    cache = new_cache(backbone, width + _ROOM_FOR_ANSWER)
     logits = _forward(backbone, embeds, positions, mask, cache, 1)[:, -1]
     return DecodingState(logits, cache, mask, torch.tensor([p.next_position for p in prompts], device=device))
