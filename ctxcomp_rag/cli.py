@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ctxcomp_rag import cli_bench, cli_measure, cli_precompress, cli_serve
+from ctxcomp_rag import cli_bench, cli_measure, cli_precompress, cli_report, cli_serve
 from ctxcomp_rag.cli_output import IndexDir, Json, Model, print_json, printable, quiet, to_err, to_out
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, InputError
 
@@ -31,6 +31,7 @@ app.command()(cli_measure.codecs)
 app.command()(cli_serve.serve)
 app.command("api-key")(cli_serve.api_key)
 app.command()(cli_bench.bench)
+app.command()(cli_report.report)
 
 
 class AnswerMode(StrEnum):

@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"pipeline", "training", "importers"},
     {"evaluation", "chat"},
     {"cli_output", "demo", "serving"},
-    {"cli_bench", "cli_measure", "cli_precompress", "cli_serve"},
+    {"cli_bench", "cli_measure", "cli_precompress", "cli_report", "cli_serve"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
