@@ -6,7 +6,7 @@ import math
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -392,9 +392,9 @@ class MemoryIndex:
 
     # ---- reading
 
-    def stored(self, chunk_ids: Iterable[str]) -> dict[str, tuple[Mapping[str, Any], int]]:
+    def stored(self, chunk_ids: Iterable[str]) -> dict[str, tuple[dict[str, Any], int]]:
         """Chunk id -> (metadata, number of slots) of those of the given chunks that are there; no span is read."""
-        def read(table: SpanTable) -> dict[str, tuple[Mapping[str, Any], int]]:
+        def read(table: SpanTable) -> dict[str, tuple[dict[str, Any], int]]:
             return table.read_settings([table.rows[c] for c in chunk_ids if c in table.rows])
 
         chunk_ids = list(chunk_ids)

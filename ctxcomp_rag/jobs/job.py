@@ -100,7 +100,7 @@ class _Job:
     def _step(self) -> None:
         while self._batches and self._workers.in_flight < self._workers.depth:
             self._workers.submit(self._batches.popleft())
-        if len(self._batches) < self._workers.depth and not self._reader.ended:
+        if len(self._batches) < _WINDOW_BATCHES and not self._reader.ended:
             self._read()
         if not self._batches and self._reader.ended:
             self._plan()

@@ -72,14 +72,16 @@ class FailureKind:
     examples: Sequence[str] = field(default_factory=tuple)
 
 
+_PARTICULARS = re.compile(r"""'[^']*'|"[^"]*"|\b0x[\da-f]+\b|\b\d[\d,.]*\b|\S*\.\.\.\S*""")
+
+
 def failures_by_reason(failures: Mapping[str, str], examples: int = 5) -> list[FailureKind]:
     """Most frequent first; names and numbers in a reason are left out as "...", as they differ from case to case."""
     kinds: dict[str, list[str]] = {}
     for name, reason in failures.items():
         for spelled in (repr(name), name):
             reason = reason.replace(spelled, "...")
-        kinds.setdefault(re.sub(r"'[^']*'|\"[^\"]*\"|\b(0x)?[\d,.]*\d[\da-f]*\b|\S*\.\.\.\S*", "...", reason),
-                         []).append(name)
+        kinds.setdefault(_PARTICULARS.sub("...", reason), []).append(name)
     found = [FailureKind(reason, len(names), names[:examples]) for reason, names in kinds.items()]
     return sorted(found, key=lambda kind: -kind.count)
 

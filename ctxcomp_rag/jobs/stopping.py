@@ -29,14 +29,14 @@ def stop_on_signals() -> Iterator[Stop]:
     stop = Stop()
     before: dict[int, Any] = {}
 
-    def handle(number: int, _: FrameType | None) -> None:
-        stop.request(number)
+    def handle(received: int, _: FrameType | None) -> None:
+        stop.request(received)
         for which, handler in before.items():
             signal.signal(which, handler)
 
     if threading.current_thread() is threading.main_thread():
-        for which in (signal.SIGINT, signal.SIGTERM):
-            before[which] = signal.signal(which, handle)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
     try:
         yield stop
     finally:

@@ -65,9 +65,11 @@ class WorkerSettings:
 
     def with_absolute_paths(self) -> WorkerSettings:
         """The same for a worker with another current folder."""
-        here = {name: str(Path(value).absolute()) for name in ("model", "compressor", "encoder")
-                if Path(value := getattr(self, name)).is_dir()}
-        return replace(self, **here)
+        def absolute(name: str) -> str:
+            return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+        return replace(self, model=absolute(self.model), compressor=absolute(self.compressor),
+                       encoder=absolute(self.encoder))
 
     def load(self) -> tuple[Compressor, RetrievalEncoder]:
         """

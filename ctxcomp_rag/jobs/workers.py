@@ -84,7 +84,8 @@ class _PoolWorkers(Workers):
             self._after_a_death([table])
 
     def finished(self, timeout: float) -> list[pa.Table]:
-        results, lost = [], []
+        results: list[pa.Table] = []
+        lost: list[pa.Table] = []
         for future in wait(self._running, timeout, FIRST_COMPLETED).done:
             error = future.exception()
             if error is not None and not isinstance(error, BrokenExecutor):
