@@ -122,7 +122,9 @@ class Trainer:
                  seed: int = 0, max_grad_norm: float = 1.0, optimizers: MakeOptimizers = adamw, save_every: int = 50,
                  accelerator: Accelerator | None = None) -> None:
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # an encoder's head gives no slots
-        self.accelerator = accelerator or Accelerator(kwargs_handlers=[unused])
+        # without an accelerator it must be told so, or every process of several takes itself for the only one
+        self.accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available(),
+                                                      kwargs_handlers=[unused])
         self.compressor, self.loss, self.stages, self.folder = compressor, loss, tuple(stages), Path(folder)
         self.seed, self.max_grad_norm = seed, max_grad_norm
         self.make_optimizers, self.save_every = optimizers, save_every

@@ -207,7 +207,7 @@ def test_a_source_without_examples_is_refused(encoder_folder: Path, tmp_path: Pa
 
 def test_a_run_is_the_same_in_one_process_and_in_two(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     script = str(Path(__file__).parent / "run_trainer.py")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, command in (("one", [script]), ("two", [*launch, script])):
@@ -216,6 +216,7 @@ def test_a_run_is_the_same_in_one_process_and_in_two(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / n / "checkpoint.safetensors") for n in ("one", "two"))
     assert one.keys() == two.keys()
+    assert len(log(tmp_path / "two")) == len(log(tmp_path / "one"))  # one process writes
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, atol=1e-6, rtol=1e-4)
     for a, b in zip(log(tmp_path / "one")[1:], log(tmp_path / "two")[1:], strict=True):
