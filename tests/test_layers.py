@@ -15,10 +15,10 @@ LAYERS: list[set[str]] = [
     {"backbone"},
     {"kv"},
     {"compressors", "index", "decoding"},
-    {"pipeline", "training", "importers"},
+    {"pipeline", "training", "importers", "repair"},
     {"evaluation", "chat"},
     {"demo", "cli_output"},
-    {"cli_measure"},
+    {"cli_measure", "cli_maintain"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -219,14 +219,53 @@ class MemoryIndex:
             if fresh:
                 made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32), self.codec) for i in fresh]
                 what = f"none of the {len(made)} chunks of this batch was committed to {self.path}"
-                size = sum(len(row.span) + row.vector.nbytes + len(row.chunk.text) for row in made)
-                table = self._on_disk(lambda: self._table.append(made, self.vector_size), what, size)
-                with self._state:
-                    ids = np.array([table.rows[row.chunk.id] for row in made], np.int64)
-                    self._vectors.add(ids, np.stack([row.vector for row in made]))
-                    self._table = table
-                self._after_commit(len(made))
+                self._write(made, (), what, lambda: self._table.append(made, self.vector_size))
         return AddReport(len(fresh), len(chunks) - len(fresh))
+
+    def replace(self, chunks: Sequence[Chunk], spans: Sequence[MemorySpan], vectors: NDArray[Any], *, spec: SpanSpec,
+                unreadable_files: Sequence[str] = ()) -> None:
+        """Store chunks anew that are there already: in one commit their old rows go and the new ones come.
+
+        Args:
+            chunks, spans, vectors, spec: as for `add`.
+            unreadable_files: data files all of whose chunks are among `chunks`; they go too.
+
+        Raises:
+            As `add`.
+        """
+        self.spec.require_compressor(spec)
+        places = places_of_chunks(chunks, spans, vectors, self.spec, self.vector_size)
+        with self._writing:
+            self._begin_writing()
+            old = [self._table.rows[chunk_id] for chunk_id in places if chunk_id in self._table.rows]
+            made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32), self.codec)
+                    for i in places.values()]
+            if made:
+                what = f"none of the {len(made)} chunks was replaced in {self.path}"
+                self._write(made, old, what,
+                            lambda: self._table.replace(old, unreadable_files, made, self.vector_size))
+
+    def _write(self, made: Sequence[Row], old: Sequence[int], what: str, commit: Callable[[], SpanTable]) -> None:
+        size = sum(len(row.span) + row.vector.nbytes + len(row.chunk.text) for row in made)
+        table = self._on_disk(commit, what, size)
+        with self._state:
+            self._vectors.remove(np.array(old, np.int64))
+            ids = np.array([table.rows[row.chunk.id] for row in made], np.int64)
+            self._vectors.add(ids, np.stack([row.vector for row in made]))
+            self._table = table
+        self._after_commit(len(made))
+
+    def intact_texts(self, chunk_ids: Iterable[str]) -> list[tuple[Chunk, int]]:
+        """(chunk, slots of its span) of those of the given chunks whose text is as it was written, even where vector
+        or span is not: what `replace` can be given spans for."""
+        def read(table: SpanTable) -> list[tuple[Chunk, int]]:
+            return list(table.intact_texts([table.rows[c] for c in chunk_ids if c in table.rows]).values())
+
+        return self._reading(read)
+
+    def intact_texts_of_unreadable_files(self) -> dict[str, list[tuple[Chunk, int]]]:
+        """Data file that cannot be read -> (chunk, slots) of all its chunks, where all their texts can be."""
+        return self._reading(lambda table: table.texts_of_unreadable())
 
     def missing(self, chunk_ids: Iterable[str]) -> set[str]:
         """Those of the given chunk ids that are not in the index: what a resumed job still has to do."""

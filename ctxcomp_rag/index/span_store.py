@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +26,15 @@ from numpy.typing import NDArray
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError
 from ctxcomp_rag.index.folder import folder_bytes, fsync_all, fsync_path
-from ctxcomp_rag.index.rows import CHUNK_COLUMNS, Row, arrow_schema, checked_row, row_to_chunk, rows_to_arrow
+from ctxcomp_rag.index.rows import (
+    CHUNK_COLUMNS,
+    Row,
+    arrow_schema,
+    checked_row,
+    intact_text,
+    row_to_chunk,
+    rows_to_arrow,
+)
 from ctxcomp_rag.spans import MemorySpan
 
 if TYPE_CHECKING:
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
 FILE_VERSION: Final = "2.2"
 ROWS_PER_READ = 64
 _FILE_BYTES = 2**30  # compaction makes files of about this size
+_TEXT_COLUMNS = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "text_crc"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,36 +318,95 @@ class SpanTable:
             "slots": pc.sum(table["num_slots"]).as_py() or 0,
         }
 
+    def intact_texts(self, row_ids: Sequence[int]) -> dict[int, tuple[Chunk, int]]:
+        """Row id -> (chunk, slots) of those rows whose text is as it was written, whatever became of their spans."""
+        found = {}
+        for row_id in row_ids:  # one by one: a page that cannot be read costs no other row
+            try:
+                (row,) = self._scan(_TEXT_COLUMNS, filter=_row_filter([row_id])).to_pylist()
+            except Exception:
+                continue
+            intact = intact_text(row)
+            if intact is not None:
+                found[row_id] = intact
+        return found
+
+    def texts_of_unreadable(self) -> dict[str, list[tuple[Chunk, int]]]:
+        """Unreadable data file -> (chunk, slots) of its rows, where all their texts are as they were written."""
+        found = {}
+        for fragment in self._unreadable_fragments():
+            try:
+                with _panics_are_errors():
+                    rows = self._dataset.scanner(columns=_TEXT_COLUMNS, fragments=[fragment]).to_table().to_pylist()
+            except Exception:
+                continue
+            intact = [kept for row in rows if (kept := intact_text(row)) is not None]
+            if len(intact) == len(rows) == fragment.count_rows():
+                found[_data_files(fragment)[0]] = intact
+        return found
+
+    def _unreadable_fragments(self) -> list[Any]:
+        return [f for f in self._dataset.get_fragments() if set(_data_files(f)) & set(self.unreadable)]
+
     # -- writing: the caller holds the writer's lock
 
     def append(self, rows: Sequence[Row], vector_size: int) -> SpanTable:
         """One commit with all rows, on the disk when this returns. On failure nothing of it is visible."""
         import lance
+
+        return self._commit(rows, vector_size, lance.LanceOperation.Append, set(), self.unreadable)
+
+    def replace(self, row_ids: Sequence[int], files: Sequence[str], rows: Sequence[Row], vector_size: int) -> SpanTable:
+        """One commit in which rows take the place of others, given by row id or as whole unreadable data files."""
+        import lance
+
+        old = set(row_ids)
+        gone = [f.fragment_id for f in self._unreadable_fragments() if set(_data_files(f)) & set(files)]
+        left = {file: reason for file, reason in self.unreadable.items() if file not in files}
+
+        def update(fragments: list[Any]) -> Any:
+            updated = []
+            for fragment in self._dataset.get_fragments() if old else []:
+                if fragment.fragment_id in gone or not fragment.count_rows(_row_filter(old)):
+                    continue
+                rest = fragment.delete(_row_filter(old))
+                updated += [rest] if rest is not None else []
+                gone.extend([] if rest is not None else [fragment.fragment_id])
+            return lance.LanceOperation.Update(removed_fragment_ids=gone, updated_fragments=updated,
+                                               new_fragments=fragments)
+
+        return self._commit(rows, vector_size, update, old, left)
+
+    def _commit(self, rows: Sequence[Row], vector_size: int, operation: Callable[[list[Any]], Any], gone: set[int],
+                unreadable: Mapping[str, str]) -> SpanTable:
+        import lance
         from lance.fragment import write_fragments
 
-        before = {name: set(_listing(self.path / name)) for name in ("data", "_versions", "_transactions")}
+        folders = ("data", "_deletions", "_versions", "_transactions")
+        before = {name: set(_listing(self.path / name)) for name in folders}
+        # an index of an earlier version has no column for the text's checksum
+        table = rows_to_arrow(rows, vector_size).select(self._dataset.schema.names)
         try:
-            fragments = write_fragments(
-                rows_to_arrow(rows, vector_size), self._dataset, mode="append", data_storage_version=FILE_VERSION,
-                enable_stable_row_ids=True,
-            )
+            fragments = write_fragments(table, self._dataset, mode="append", data_storage_version=FILE_VERSION,
+                                        enable_stable_row_ids=True)
+            change = operation(fragments)
             # Lance does not fsync: the data has to be on the disk before the manifest that names it
             _fsync_new(self.path, before)
             _require_whole(self.path / "data", before["data"], fragments, sum(len(row.span) for row in rows))
-            dataset = lance.LanceDataset.commit(
-                self._dataset, lance.LanceOperation.Append(fragments), read_version=self.version
-            )
+            dataset = lance.LanceDataset.commit(self._dataset, change, read_version=self.version)
         except BaseException:
             # not where the commit itself may have happened: then the new files are the table
             if set(_listing(self.path / "_versions")) == before["_versions"]:
                 _remove_new(self.path / "data", before["data"])
+                _remove_new(self.path / "_deletions", before["_deletions"])
             raise
         _fsync_new(self.path, before)
         known = {f.fragment_id for f in self._dataset.get_fragments()}
         new = [f for f in dataset.get_fragments() if f.fragment_id not in known]
         names = SpanTable(dataset, Names.EMPTY)._names_in(new)
-        return SpanTable(dataset, self._names.plus((r.chunk.id, r.chunk.document_id, names.rows[r.chunk.id])
-                                                   for r in rows), self.unreadable)
+        kept = self._names.minus(gone) if gone else self._names
+        return SpanTable(dataset, kept.plus((r.chunk.id, r.chunk.document_id, names.rows[r.chunk.id]) for r in rows),
+                         unreadable)
 
     def delete(self, row_ids: Sequence[int]) -> SpanTable:
         """One commit without these rows. The bytes stay on the disk until `compact`."""
@@ -355,7 +423,7 @@ class SpanTable:
         import lance
 
         before = {name: set(_listing(self.path / name)) for name in ("_versions", "_transactions")}
-        bad = [f.fragment_id for f in self._dataset.get_fragments() if set(_data_files(f)) & set(self.unreadable)]
+        bad = [f.fragment_id for f in self._unreadable_fragments()]
         operation = lance.LanceOperation.Delete([], bad, "unreadable data files")
         dataset = lance.LanceDataset.commit(self._dataset, operation, read_version=self.version)
         _fsync_new(self.path, before)
@@ -401,6 +469,7 @@ class SpanTable:
             return
         self._dataset.cleanup_old_versions(older_than=timedelta(0), **options)
         mine = {Path(name).stem for fragment in self._dataset.get_fragments() for name in _data_files(fragment)}
+        _remove_new(self.path / "data", {p for p in _listing(self.path / "data") if p.stem in mine})
         strays = [p.name for p in _listing(self.path / "data") if p.stem not in mine]
         if strays:
             raise OSError(errno.EBUSY, f"files of older versions could not be removed: {', '.join(strays)}")
