@@ -11,6 +11,7 @@ import torch
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.index import MemoryIndex
+from ctxcomp_rag.index.vectors import normalised
 from ctxcomp_rag.spans import SoftSpan
 from tests.index.checks import assert_holds
 from tests.index.conftest import SOFT, VECTOR_SIZE, Corpus, data_files, make_corpus
@@ -34,7 +35,7 @@ def texts_on_disk(path: Path) -> set[str]:
     from lance.file import LanceFileReader
 
     return {text for file in data_files(path) if file.suffix == ".lance"
-            for text in LanceFileReader(str(file)).read_all().to_table()["text"].to_pylist()}
+            for text in LanceFileReader(str(file), columns=["text"]).read_all().to_table()["text"].to_pylist()}
 
 
 def files_with(path: Path, stretches: list[bytes]) -> set[str]:
@@ -44,10 +45,9 @@ def files_with(path: Path, stretches: list[bytes]) -> set[str]:
 
 def bytes_of(chunk: Chunk, span: SoftSpan, vector: np.ndarray) -> list[bytes]:
     """What must not be found: id, text, rows of the span, the vector as given and as it is searched."""
-    unit = (vector / np.linalg.norm(vector)).astype(np.float32)
     rows = span.embeds.numpy()
     return [chunk.id.encode(), chunk.text.encode()[:40], rows[0].tobytes(), rows[-1].tobytes(), vector.tobytes(),
-            unit.tobytes()]
+            normalised(vector[None])[0].tobytes()]
 
 
 @pytest.mark.parametrize(("slots", "words"), [(4, 3), (4, 400), (1100, 3)],
