@@ -36,7 +36,7 @@ from ctxcomp_rag.index.span_store import (
     set_aside_torn_manifests,
 )
 from ctxcomp_rag.index.texts import TextTable
-from ctxcomp_rag.index.vectors import CURRENT, VectorIndex
+from ctxcomp_rag.index.vectors import CURRENT, VectorIndex, best_of, normalised
 from ctxcomp_rag.index.verify import VerifyReport, check_rows, check_vectors
 from ctxcomp_rag.index.where import Where, matching_rows
 from ctxcomp_rag.spans import MemorySpan, SpanSpec
@@ -143,12 +143,12 @@ class MemoryIndex:
         manifest = Manifest.read(path)
         table = SpanTable.open(path / TABLE)
         # A version number that was lost with its manifest is given out again: a snapshot of it may be another one
-        fell_back = table.version != manifest_files(path / TABLE)[0][0]
+        trusted = table.version == manifest_files(path / TABLE)[0][0] and not table.altered
         try:
-            vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=not fell_back)
+            vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=trusted)
         except Exception:
             table = table.without_unreadable()
-            vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=not fell_back)
+            vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=trusted)
         return cls(path, manifest, table, vectors, saved, read_only)
 
     def close(self) -> None:
@@ -451,7 +451,12 @@ class MemoryIndex:
             unknown = [c for c in chunk_ids if c not in table.rows]
             if unknown:
                 raise InputError(f"expected ids of chunks in {self.path}, got {unknown[0]!r}")
-            return self._vectors.vectors(np.array([table.rows[c] for c in chunk_ids], np.int64))
+            wanted = np.array([table.rows[c] for c in chunk_ids], np.int64)
+            if self._vectors.exact:
+                return self._vectors.vectors(wanted)
+            ids, stored = table.vectors(wanted)
+            order = np.argsort(ids)
+            return normalised(stored[order][np.searchsorted(ids[order], wanted)])
 
         return self._reading(read)
 
@@ -525,6 +530,10 @@ class MemoryIndex:
                 # unfiltered hits may be rows that came after `table`; hits among its rows can be read from it
                 table = self._table if among is None else table
                 hits = self._vectors.search(queries, int(top_k), among=among)
+                exact = self._vectors.exact
+            if not exact:
+                found = np.unique(np.concatenate([ids for ids, _ in hits]))
+                hits = best_of(queries, hits, *table.vectors(found), int(top_k))
             return read(table, [list(zip(i.tolist(), s.tolist(), strict=True)) for i, s in hits])
 
         return self._reading(search)
@@ -561,6 +570,5 @@ def _replay(vectors: VectorIndex, table: SpanTable) -> None:
     live = np.fromiter(table.rows.values(), np.int64, len(table.rows))
     known = vectors.ids()
     vectors.remove(np.setdiff1d(known, live))
-    new = np.setdiff1d(live, known)
-    if len(new):
-        vectors.add(*table.vectors(new))
+    for ids, rows in table.vector_batches(np.setdiff1d(live, known)):
+        vectors.add(ids, rows)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError
+from ctxcomp_rag.index.checksums import altered_files, record_checksums
 from ctxcomp_rag.index.folder import folder_bytes, fsync_all, fsync_path
 from ctxcomp_rag.index.rows import (
     CHUNK_COLUMNS,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 FILE_VERSION: Final = "2.2"
 ROWS_PER_READ = 64
 _FILE_BYTES = 2**30  # compaction makes files of about this size
+_DELETIONS = "_deletions/"
 _TEXT_COLUMNS = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "text_crc"]
 
 
@@ -101,10 +103,12 @@ class SpanTable:
         rows: chunk id -> row id, for every readable row, oldest first.
         documents: document id -> its chunk ids, oldest first.
         unreadable: data files that cannot be read, with the reason; their rows are not in `rows`.
+        altered: the manifest of this version is not what was written, although Lance can read it.
     """
 
     def __init__(self, dataset: Any, names: Names | None = None, unreadable: Mapping[str, str] | None = None) -> None:
         self._dataset = dataset
+        self.altered = False
         self._good: list[Any] | None = None
         self.version = int(dataset.version)
         self.unreadable: dict[str, str] = dict(unreadable or {})
@@ -160,11 +164,27 @@ class SpanTable:
                     f"change is missing: run the same precompression command, or delete the same chunks, again.",
                     stacklevel=4,
                 )
-            return cls(dataset)
+            return cls._checked(dataset)
         raise IndexDamagedError(
             f"expected a readable Lance table at {path}, got: {first_error or 'no manifest in _versions'}. "
             f"Restore the folder from a copy, or precompress into a new one."
         )
+
+    @classmethod
+    def _checked(cls, dataset: Any) -> SpanTable:
+        """A version as its checksums let it be: rows whose deletions are in doubt are left out."""
+        path = Path(dataset.uri)
+        altered = altered_files(path)
+        doubtful = {name: f"{name} is not what was written" for name in altered}
+        unreadable = {file: reason for fragment in dataset.get_fragments() for file in _data_files(fragment)
+                      for reason in [doubtful.get(_deletion_file(fragment))] if reason is not None}
+        table = cls(dataset, None, unreadable)
+        (table.altered,) = {f"_versions/{file.name}" in altered for version, file in manifest_files(path)
+                            if version == table.version}
+        for what in [*unreadable.values(), *(["its manifest is not what was written"] if table.altered else [])]:
+            warnings.warn(f"{path}: {what}: chunks may be missing. Run verify(), then compress the missing documents "
+                          "again.", stacklevel=5)
+        return table
 
     def latest_version(self) -> int:
         return int(self._dataset.latest_version)
@@ -200,7 +220,9 @@ class SpanTable:
         """The same version after trying every data file; its `unreadable` names those that failed."""
         tried = SpanTable(self._dataset, Names.EMPTY)
         tried._find_unreadable()
-        return SpanTable(self._dataset, None, tried.unreadable)
+        table = SpanTable(self._dataset, None, tried.unreadable | self.unreadable)
+        table.altered = self.altered
+        return table
 
     def _names_in(self, fragments: list[Any] | None) -> Names:
         names = ["chunk_id", "document_id"]
@@ -211,9 +233,10 @@ class SpanTable:
         return Names.EMPTY.plus((chunk, document, row) for row, chunk, document in sorted(zip(*columns, strict=True)))
 
     def _find_unreadable(self) -> None:
-        self._good = []
         columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc", "span"]
-        for fragment in self._dataset.get_fragments():
+        fragments = self._dataset.get_fragments() if self._good is None else self._good
+        self._good = []
+        for fragment in fragments:
             try:
                 with _panics_are_errors():
                     self._dataset.scanner(columns=columns, fragments=[fragment], with_row_id=True).to_table()
@@ -264,22 +287,27 @@ class SpanTable:
                 found[row["_rowid"]] = (*checked_row(row, vector), vector)
         return found
 
-    def vectors(self, row_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def vector_batches(self, row_ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """(row ids (n,), vectors (n, vector_size)) of those of the given rows that exist, in no particular order."""
-        ids, rows = [], []
-        few = len(row_ids) <= 4096
-        options = {"filter": _row_filter(row_ids.tolist())} if few else {}
+        if not len(row_ids):
+            return
+        wanted_ids = np.sort(row_ids)
+        options = {"filter": _row_filter(row_ids.tolist())} if len(row_ids) <= 4096 else {}
         scanner = self._dataset.scanner(columns=["vector"], fragments=self._good, with_row_id=True, **options)
         for batch in scanner.to_batches():
             batch_ids = batch["_rowid"].to_numpy().astype(np.int64)
-            wanted = np.isin(batch_ids, row_ids)
+            places = np.minimum(np.searchsorted(wanted_ids, batch_ids), len(wanted_ids) - 1)
+            wanted = wanted_ids[places] == batch_ids
             if wanted.any():
                 flat = batch["vector"].flatten().to_numpy(zero_copy_only=False)
-                rows.append(flat.reshape(len(batch_ids), -1)[wanted])
-                ids.append(batch_ids[wanted])
-        if not ids:
+                yield batch_ids[wanted], flat.reshape(len(batch_ids), -1)[wanted]
+
+    def vectors(self, row_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """All of `vector_batches` at once."""
+        batches = list(self.vector_batches(row_ids))
+        if not batches:
             return np.empty(0, np.int64), np.empty((0, 1), np.float32)
-        return np.concatenate(ids), np.concatenate(rows)
+        return np.concatenate([ids for ids, _ in batches]), np.concatenate([rows for _, rows in batches])
 
     def in_text_order(self, chunk_ids: Sequence[str]) -> list[str]:
         """The same chunk ids, sorted by where the chunks begin and end."""
@@ -335,6 +363,8 @@ class SpanTable:
         """Unreadable data file -> (chunk, slots) of its rows, where all their texts are as they were written."""
         found = {}
         for fragment in self._unreadable_fragments():
+            if self.unreadable[_data_files(fragment)[0]].startswith(_DELETIONS):
+                continue  # which of its rows are deleted is not known
             try:
                 with _panics_are_errors():
                     rows = self._dataset.scanner(columns=_TEXT_COLUMNS, fragments=[fragment]).to_table().to_pylist()
@@ -401,6 +431,7 @@ class SpanTable:
                 _remove_new(self.path / "_deletions", before["_deletions"])
             raise
         _fsync_new(self.path, before)
+        _record(self.path, before)
         known = {f.fragment_id for f in self._dataset.get_fragments()}
         new = [f for f in dataset.get_fragments() if f.fragment_id not in known]
         names = SpanTable(dataset, Names.EMPTY)._names_in(new)
@@ -416,17 +447,19 @@ class SpanTable:
         dataset = lance.dataset(str(self.path), version=self.version)
         dataset.delete(_row_filter(row_ids))
         _fsync_new(self.path, before)
+        _record(self.path, before)
         return SpanTable(dataset, self._names.minus(set(row_ids)), self.unreadable)
 
     def drop_unreadable(self) -> SpanTable:
         """One commit without the data files that cannot be read."""
         import lance
 
-        before = {name: set(_listing(self.path / name)) for name in ("_versions", "_transactions")}
+        before = {name: set(_listing(self.path / name)) for name in ("_deletions", "_versions", "_transactions")}
         bad = [f.fragment_id for f in self._unreadable_fragments()]
         operation = lance.LanceOperation.Delete([], bad, "unreadable data files")
         dataset = lance.LanceDataset.commit(self._dataset, operation, read_version=self.version)
         _fsync_new(self.path, before)
+        _record(self.path, before)
         return SpanTable(dataset)
 
     def compact(self) -> SpanTable:
@@ -451,6 +484,7 @@ class SpanTable:
         if done:
             Compaction.commit(dataset, done)
             _fsync_new(self.path, before)
+            _record(self.path, before)
         return SpanTable(lance.dataset(str(self.path)))
 
     def remove_old_versions(self, keep: Iterable[int] = ()) -> None:
@@ -502,6 +536,11 @@ def _panics_are_errors() -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     return str(error).split(", /")[0].strip()
+
+
+def _deletion_file(fragment: Any) -> str:
+    deletions = fragment.metadata.deletion_file
+    return deletions.path(fragment.fragment_id) if deletions is not None else ""
 
 
 def _data_files(fragment: Any) -> list[str]:
@@ -565,6 +604,10 @@ def _fsync_new(table: Path, before: Mapping[str, set[Path]]) -> None:
             fsync_all([*inside, new])
         fsync_path(folder)
     fsync_path(table)
+
+
+def _record(table: Path, before: Mapping[str, set[Path]]) -> None:
+    record_checksums(table, set().union(*before.values()))
 
 
 def _require_whole(folder: Path, before: set[Path], fragments: Sequence[Any], span_bytes: int) -> None:
