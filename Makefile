@@ -29,10 +29,13 @@ test: $(STAMP) ## style, types and all tests
 golden: $(STAMP) ## parity with the official code only
 	$(BIN)/python -m pytest -k golden
 
+kill-tests: $(STAMP) ## kill writers 50 times, flip 1,000 bits in an index (minutes)
+	$(BIN)/python benchmarks/kill_tests.py
+
 fix: $(STAMP) ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 
-.PHONY: help install demo test golden fix clean
+.PHONY: help install demo test golden kill-tests fix clean

@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ctxcomp_rag import cli_bench, cli_measure, cli_precompress, cli_report, cli_serve
+from ctxcomp_rag import cli_bench, cli_maintain, cli_measure, cli_precompress, cli_report, cli_serve
 from ctxcomp_rag.cli_output import IndexDir, Json, Model, print_json, printable, quiet, to_err, to_out
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, InputError
 
@@ -32,6 +32,8 @@ app.command()(cli_serve.serve)
 app.command("api-key")(cli_serve.api_key)
 app.command()(cli_bench.bench)
 app.command()(cli_report.report)
+for maintain in (cli_maintain.verify, cli_maintain.repair, cli_maintain.compact):
+    app.command()(maintain)
 
 
 class AnswerMode(StrEnum):
@@ -106,27 +108,6 @@ def inspect(index: IndexDir, as_json: Json = False) -> None:
             to_out.print(f"{key:18} {value:,}" if isinstance(value, int) else f"{key:18} {value}")
     to_out.print(f"{'decoder':18} {memory.spec.decoder}\n{'compressor':18} {memory.spec.compressor} "
                  f"({memory.spec.kind} spans, {memory.spec.slot_positions} positions)")
-
-
-@app.command()
-def verify(index: IndexDir, as_json: Json = False) -> None:
-    """Read every row of an index and check it. Exit code 0 clean, 3 damaged."""
-    from ctxcomp_rag.index import MemoryIndex
-
-    with MemoryIndex.open(index, read_only=True) as memory:
-        report = memory.verify()
-    damaged = [d.__dict__ for d in report.damaged]
-    if as_json:
-        print_json({"ok": report.ok, "chunks": report.chunks, "damaged": damaged, "notes": list(report.notes)})
-    else:
-        for note in report.notes:
-            to_out.print(f"note: {note}")
-        for entry in report.damaged:
-            to_out.print(f"damaged: chunk {entry.chunk_id} of {entry.document_id}: {entry.reason}")
-        to_out.print(f"{report.chunks} chunks, {len(damaged)} damaged" + ("" if report.ok else
-                     "; delete the damaged documents and precompress them again"))
-    if not report.ok:
-        raise typer.Exit(3)
 
 
 class OfficialMethod(StrEnum):

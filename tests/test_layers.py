@@ -16,10 +16,10 @@ LAYERS: list[set[str]] = [
     {"kv"},
     {"compressors", "index", "decoding"},
     {"jobs"},
-    {"pipeline", "training", "importers"},
-    {"evaluation", "chat"},
+    {"importers", "pipeline", "repair", "training"},
+    {"chat", "evaluation"},
     {"cli_output", "demo", "serving"},
-    {"cli_bench", "cli_measure", "cli_precompress", "cli_report", "cli_serve"},
+    {"cli_bench", "cli_maintain", "cli_measure", "cli_precompress", "cli_report", "cli_serve"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

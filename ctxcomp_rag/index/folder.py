@@ -37,7 +37,7 @@ def fsync_path(path: str | Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | memoryview) -> None:
     """Replace a file so that a crash leaves either the old or the new bytes, never a mixture."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:

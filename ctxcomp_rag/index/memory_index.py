@@ -36,7 +36,7 @@ from ctxcomp_rag.index.span_store import (
     set_aside_torn_manifests,
 )
 from ctxcomp_rag.index.texts import TextTable
-from ctxcomp_rag.index.vectors import CURRENT, VectorIndex
+from ctxcomp_rag.index.vectors import CURRENT, VectorIndex, best_of, normalised
 from ctxcomp_rag.index.verify import VerifyReport, check_rows, check_vectors
 from ctxcomp_rag.index.where import Where, matching_rows
 from ctxcomp_rag.spans import MemorySpan, SpanSpec
@@ -143,12 +143,12 @@ class MemoryIndex:
         manifest = Manifest.read(path)
         table = SpanTable.open(path / TABLE)
         # A version number that was lost with its manifest is given out again: a snapshot of it may be another one
-        fell_back = table.version != manifest_files(path / TABLE)[0][0]
+        trusted = table.version == manifest_files(path / TABLE)[0][0] and not table.altered
         try:
-            vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=not fell_back)
+            vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=trusted)
         except Exception:
             table = table.without_unreadable()
-            vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=not fell_back)
+            vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=trusted)
         return cls(path, manifest, table, vectors, saved, read_only)
 
     def close(self) -> None:
@@ -223,13 +223,7 @@ class MemoryIndex:
         return AddReport(len(fresh), len(chunks) - len(fresh))
 
     def _append(self, rows: Sequence[Row], what: str) -> None:
-        size = sum(len(row.span) + row.vector.nbytes + len(row.chunk.text) for row in rows)
-        table = self._on_disk(lambda: self._table.append(rows, self.vector_size), what, size)
-        with self._state:
-            ids = np.array([table.rows[row.chunk.id] for row in rows], np.int64)
-            self._vectors.add(ids, np.stack([row.vector for row in rows]))
-            self._table = table
-        self._after_commit(len(rows))
+        self._write(rows, (), what, lambda: self._table.append(rows, self.vector_size))
 
     def add_copies(self, chunks: Sequence[Chunk], originals: Sequence[str]) -> AddReport:
         """Store chunks with the spans and vectors of others that have the same text, byte for byte, in one commit.
@@ -260,6 +254,51 @@ class MemoryIndex:
         """
         with self._writing:
             self._begin_writing()
+
+    def replace(self, chunks: Sequence[Chunk], spans: Sequence[MemorySpan], vectors: NDArray[Any], *, spec: SpanSpec,
+                unreadable_files: Sequence[str] = ()) -> None:
+        """Store chunks anew that are there already: in one commit their old rows go and the new ones come.
+
+        Args:
+            chunks, spans, vectors, spec: as for `add`.
+            unreadable_files: data files all of whose chunks are among `chunks`; they go too.
+
+        Raises:
+            As `add`.
+        """
+        self.spec.require_compressor(spec)
+        places = places_of_chunks(chunks, spans, vectors, self.spec, self.vector_size)
+        with self._writing:
+            self._begin_writing()
+            old = [self._table.rows[chunk_id] for chunk_id in places if chunk_id in self._table.rows]
+            made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32), self.codec)
+                    for i in places.values()]
+            if made:
+                what = f"none of the {len(made)} chunks was replaced in {self.path}"
+                self._write(made, old, what,
+                            lambda: self._table.replace(old, unreadable_files, made, self.vector_size))
+
+    def _write(self, made: Sequence[Row], old: Sequence[int], what: str, commit: Callable[[], SpanTable]) -> None:
+        size = sum(len(row.span) + row.vector.nbytes + len(row.chunk.text) for row in made)
+        table = self._on_disk(commit, what, size)
+        with self._state:
+            self._vectors.remove(np.array(old, np.int64))
+            ids = np.array([table.rows[row.chunk.id] for row in made], np.int64)
+            self._vectors.add(ids, np.stack([row.vector for row in made]))
+            self._table = table
+        self._after_commit(len(made))
+
+    def intact_texts(self, chunk_ids: Iterable[str]) -> list[tuple[Chunk, int]]:
+        """(chunk, slots of its span) of those of the given chunks whose text is as it was written, even where vector
+        or span is not: what `replace` can be given spans for."""
+        def read(table: SpanTable) -> list[tuple[Chunk, int]]:
+            return list(table.intact_texts([table.rows[c] for c in chunk_ids if c in table.rows]).values())
+
+        return self._reading(read)
+
+    def intact_texts_of_unreadable_files(self) -> dict[str, list[tuple[Chunk, int]]]:
+        """Data file that cannot be read -> (chunk, slots) of all its chunks, where all their texts can be."""
+        return self._reading(lambda table: table.texts_of_unreadable())
 
     def missing(self, chunk_ids: Iterable[str]) -> set[str]:
         """Those of the given chunk ids that are not in the index: what a resumed job still has to do."""
@@ -448,7 +487,12 @@ class MemoryIndex:
         """Unit vectors (len(chunk_ids), vector_size) of chunks; raises InputError for an unknown one."""
         def read(table: SpanTable) -> NDArray[np.float32]:
             self._require_known(chunk_ids, table)
-            return self._vectors.vectors(np.array([table.rows[c] for c in chunk_ids], np.int64))
+            wanted = np.array([table.rows[c] for c in chunk_ids], np.int64)
+            if self._vectors.exact:
+                return self._vectors.vectors(wanted)
+            ids, stored = table.vectors(wanted)
+            order = np.argsort(ids)
+            return normalised(stored[order][np.searchsorted(ids[order], wanted)])
 
         return self._reading(read)
 
@@ -532,6 +576,10 @@ class MemoryIndex:
                 # unfiltered hits may be rows that came after `table`; hits among its rows can be read from it
                 table = self._table if among is None else table
                 hits = self._vectors.search(queries, int(top_k), among=among)
+                exact = self._vectors.exact
+            if not exact:
+                found = np.unique(np.concatenate([ids for ids, _ in hits]))
+                hits = best_of(queries, hits, *table.vectors(found), int(top_k))
             return read(table, [list(zip(i.tolist(), s.tolist(), strict=True)) for i, s in hits])
 
         return self._reading(search)
@@ -568,6 +616,5 @@ def _replay(vectors: VectorIndex, table: SpanTable) -> None:
     live = np.fromiter(table.rows.values(), np.int64, len(table.rows))
     known = vectors.ids()
     vectors.remove(np.setdiff1d(known, live))
-    new = np.setdiff1d(live, known)
-    if len(new):
-        vectors.add(*table.vectors(new))
+    for ids, rows in table.vector_batches(np.setdiff1d(live, known)):
+        vectors.add(ids, rows)

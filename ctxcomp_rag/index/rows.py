@@ -134,11 +134,19 @@ class Row:
     @property
     def checksum(self) -> int:
         """crc32 over every stored field: a flipped bit in the text or the vector is found like one in the span."""
-        c = self.chunk
-        numbers = (c.start, c.end, c.num_tokens, self.num_slots, self.num_source_tokens)
-        fields = json.dumps([c.id, c.document_id, c.text, self.metadata, numbers])
-        crc = zlib.crc32(fields.encode())
-        return zlib.crc32(self.span, zlib.crc32(self.vector.astype("<f4").tobytes(), crc))
+        vector = self.vector.astype("<f4").tobytes()
+        return zlib.crc32(self.span, zlib.crc32(vector, text_checksum(self.chunk, self.metadata, self.sizes)))
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Slots, source tokens."""
+        return self.num_slots, self.num_source_tokens
+
+
+def text_checksum(chunk: Chunk, metadata: str, sizes: tuple[int, int]) -> int:
+    """crc32 over what a span and a vector can be made from again: text, place, metadata, slots and source tokens."""
+    numbers = (chunk.start, chunk.end, chunk.num_tokens, *sizes)
+    return zlib.crc32(json.dumps([chunk.id, chunk.document_id, chunk.text, metadata, numbers]).encode())
 
 
 def arrow_schema(vector_size: int) -> pa.Schema:
@@ -160,6 +168,7 @@ def arrow_schema(vector_size: int) -> pa.Schema:
             pa.field("num_source_tokens", pa.int64()),
             pa.field("vector", pa.list_(pa.float32(), vector_size)),
             pa.field("crc", pa.uint32()),
+            pa.field("text_crc", pa.uint32()),
             lance.blob_field("span"),
         ]
     )
@@ -182,6 +191,7 @@ def rows_to_arrow(rows: Sequence[Row], vector_size: int) -> pa.Table:
         "num_source_tokens": [r.num_source_tokens for r in rows],
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(flat), vector_size),
         "crc": pa.array([r.checksum for r in rows], pa.uint32()),
+        "text_crc": pa.array([text_checksum(r.chunk, r.metadata, r.sizes) for r in rows], pa.uint32()),
         "span": lance.blob_array([r.span for r in rows]),
     }
     return pa.table(columns, schema=arrow_schema(vector_size))
@@ -190,6 +200,16 @@ def rows_to_arrow(rows: Sequence[Row], vector_size: int) -> pa.Table:
 def row_to_chunk(row: Mapping[str, Any]) -> Chunk:
     return Chunk(row["document_id"], row["text"], row["start"], row["end"], row["num_tokens"],
                  json.loads(row["metadata"]))
+
+
+def intact_text(row: Mapping[str, Any]) -> tuple[Chunk, int] | None:
+    """Chunk and number of slots of a row whose text is as it was written, whatever its vector and span are."""
+    try:
+        chunk = row_to_chunk(row)
+        crc = text_checksum(chunk, row["metadata"], (row["num_slots"], row["num_source_tokens"]))
+    except (ValueError, TypeError):
+        return None
+    return (chunk, row["num_slots"]) if crc == row["text_crc"] else None
 
 
 def checked_bytes(row: Mapping[str, Any], vector: NDArray[np.float32]) -> Row:
@@ -218,5 +238,5 @@ def checked_row(row: Mapping[str, Any], vector: NDArray[np.float32]) -> tuple[Ch
 
 def _damaged(row: Mapping[str, Any], error: Exception) -> IndexDamagedError:
     return IndexDamagedError(
-        f"chunk {row['chunk_id']!r} of document {row['document_id']!r} is damaged: {error}. Run verify(), delete the "
-        f"damaged chunks, and compress their documents again.")
+        f"chunk {row['chunk_id']!r} of document {row['document_id']!r} is damaged: {error}. Compress it "
+        "again from its text: ctxcomp repair DIR.")

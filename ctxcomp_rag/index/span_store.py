@@ -12,7 +12,7 @@ import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError
+from ctxcomp_rag.index.checksums import altered_files, record_checksums
 from ctxcomp_rag.index.folder import folder_bytes, fsync_all, fsync_path
 from ctxcomp_rag.index.rows import (
     CHUNK_COLUMNS,
@@ -32,6 +33,7 @@ from ctxcomp_rag.index.rows import (
     arrow_schema,
     checked_bytes,
     checked_row,
+    intact_text,
     row_to_chunk,
     rows_to_arrow,
 )
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 FILE_VERSION: Final = "2.2"
 ROWS_PER_READ = 64
 _FILE_BYTES = 2**30  # compaction makes files of about this size
+_DELETIONS = "_deletions/"
+_TEXT_COLUMNS = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "text_crc"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +104,12 @@ class SpanTable:
         rows: chunk id -> row id, for every readable row, oldest first.
         documents: document id -> its chunk ids, oldest first.
         unreadable: data files that cannot be read, with the reason; their rows are not in `rows`.
+        altered: the manifest of this version is not what was written, although Lance can read it.
     """
 
     def __init__(self, dataset: Any, names: Names | None = None, unreadable: Mapping[str, str] | None = None) -> None:
         self._dataset = dataset
+        self.altered = False
         self._good: list[Any] | None = None
         self.version = int(dataset.version)
         self.unreadable: dict[str, str] = dict(unreadable or {})
@@ -159,11 +165,27 @@ class SpanTable:
                     f"change is missing: run the same precompression command, or delete the same chunks, again.",
                     stacklevel=4,
                 )
-            return cls(dataset)
+            return cls._checked(dataset)
         raise IndexDamagedError(
             f"expected a readable Lance table at {path}, got: {first_error or 'no manifest in _versions'}. "
             f"Restore the folder from a copy, or precompress into a new one."
         )
+
+    @classmethod
+    def _checked(cls, dataset: Any) -> SpanTable:
+        """A version as its checksums let it be: rows whose deletions are in doubt are left out."""
+        path = Path(dataset.uri)
+        altered = altered_files(path)
+        doubtful = {name: f"{name} is not what was written" for name in altered}
+        unreadable = {file: reason for fragment in dataset.get_fragments() for file in _data_files(fragment)
+                      for reason in [doubtful.get(_deletion_file(fragment))] if reason is not None}
+        table = cls(dataset, None, unreadable)
+        (table.altered,) = {f"_versions/{file.name}" in altered for version, file in manifest_files(path)
+                            if version == table.version}
+        for what in [*unreadable.values(), *(["its manifest is not what was written"] if table.altered else [])]:
+            warnings.warn(f"{path}: {what}: chunks may be missing. Run verify(), then compress the missing documents "
+                          "again.", stacklevel=5)
+        return table
 
     def latest_version(self) -> int:
         return int(self._dataset.latest_version)
@@ -199,7 +221,9 @@ class SpanTable:
         """The same version after trying every data file; its `unreadable` names those that failed."""
         tried = SpanTable(self._dataset, Names.EMPTY)
         tried._find_unreadable()
-        return SpanTable(self._dataset, None, tried.unreadable)
+        table = SpanTable(self._dataset, None, tried.unreadable | self.unreadable)
+        table.altered = self.altered
+        return table
 
     def _names_in(self, fragments: list[Any] | None) -> Names:
         names = ["chunk_id", "document_id"]
@@ -210,9 +234,10 @@ class SpanTable:
         return Names.EMPTY.plus((chunk, document, row) for row, chunk, document in sorted(zip(*columns, strict=True)))
 
     def _find_unreadable(self) -> None:
-        self._good = []
         columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc", "span"]
-        for fragment in self._dataset.get_fragments():
+        fragments = self._dataset.get_fragments() if self._good is None else self._good
+        self._good = []
+        for fragment in fragments:
             try:
                 with _panics_are_errors():
                     self._dataset.scanner(columns=columns, fragments=[fragment], with_row_id=True).to_table()
@@ -275,22 +300,27 @@ class SpanTable:
             found |= {r["chunk_id"]: (json.loads(r["metadata"]), r["num_slots"]) for r in table.to_pylist()}
         return found
 
-    def vectors(self, row_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def vector_batches(self, row_ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """(row ids (n,), vectors (n, vector_size)) of those of the given rows that exist, in no particular order."""
-        ids, rows = [], []
-        few = len(row_ids) <= 4096
-        options = {"filter": _row_filter(row_ids.tolist())} if few else {}
+        if not len(row_ids):
+            return
+        wanted_ids = np.sort(row_ids)
+        options = {"filter": _row_filter(row_ids.tolist())} if len(row_ids) <= 4096 else {}
         scanner = self._dataset.scanner(columns=["vector"], fragments=self._good, with_row_id=True, **options)
         for batch in scanner.to_batches():
             batch_ids = batch["_rowid"].to_numpy().astype(np.int64)
-            wanted = np.isin(batch_ids, row_ids)
+            places = np.minimum(np.searchsorted(wanted_ids, batch_ids), len(wanted_ids) - 1)
+            wanted = wanted_ids[places] == batch_ids
             if wanted.any():
                 flat = batch["vector"].flatten().to_numpy(zero_copy_only=False)
-                rows.append(flat.reshape(len(batch_ids), -1)[wanted])
-                ids.append(batch_ids[wanted])
-        if not ids:
+                yield batch_ids[wanted], flat.reshape(len(batch_ids), -1)[wanted]
+
+    def vectors(self, row_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """All of `vector_batches` at once."""
+        batches = list(self.vector_batches(row_ids))
+        if not batches:
             return np.empty(0, np.int64), np.empty((0, 1), np.float32)
-        return np.concatenate(ids), np.concatenate(rows)
+        return np.concatenate([ids for ids, _ in batches]), np.concatenate([rows for _, rows in batches])
 
     def in_text_order(self, chunk_ids: Sequence[str]) -> list[str]:
         """The same chunk ids, sorted by where the chunks begin and end."""
@@ -329,36 +359,98 @@ class SpanTable:
             "slots": pc.sum(table["num_slots"]).as_py() or 0,
         }
 
+    def intact_texts(self, row_ids: Sequence[int]) -> dict[int, tuple[Chunk, int]]:
+        """Row id -> (chunk, slots) of those rows whose text is as it was written, whatever became of their spans."""
+        found = {}
+        for row_id in row_ids:  # one by one: a page that cannot be read costs no other row
+            try:
+                (row,) = self._scan(_TEXT_COLUMNS, filter=_row_filter([row_id])).to_pylist()
+            except Exception:
+                continue
+            intact = intact_text(row)
+            if intact is not None:
+                found[row_id] = intact
+        return found
+
+    def texts_of_unreadable(self) -> dict[str, list[tuple[Chunk, int]]]:
+        """Unreadable data file -> (chunk, slots) of its rows, where all their texts are as they were written."""
+        found = {}
+        for fragment in self._unreadable_fragments():
+            if self.unreadable[_data_files(fragment)[0]].startswith(_DELETIONS):
+                continue  # which of its rows are deleted is not known
+            try:
+                with _panics_are_errors():
+                    rows = self._dataset.scanner(columns=_TEXT_COLUMNS, fragments=[fragment]).to_table().to_pylist()
+            except Exception:
+                continue
+            intact = [kept for row in rows if (kept := intact_text(row)) is not None]
+            if len(intact) == len(rows) == fragment.count_rows():
+                found[_data_files(fragment)[0]] = intact
+        return found
+
+    def _unreadable_fragments(self) -> list[Any]:
+        return [f for f in self._dataset.get_fragments() if set(_data_files(f)) & set(self.unreadable)]
+
     # -- writing: the caller holds the writer's lock
 
     def append(self, rows: Sequence[Row], vector_size: int) -> SpanTable:
         """One commit with all rows, on the disk when this returns. On failure nothing of it is visible."""
         import lance
+
+        return self._commit(rows, vector_size, lance.LanceOperation.Append, set(), self.unreadable)
+
+    def replace(self, row_ids: Sequence[int], files: Sequence[str], rows: Sequence[Row], vector_size: int) -> SpanTable:
+        """One commit in which rows take the place of others, given by row id or as whole unreadable data files."""
+        import lance
+
+        old = set(row_ids)
+        gone = [f.fragment_id for f in self._unreadable_fragments() if set(_data_files(f)) & set(files)]
+        left = {file: reason for file, reason in self.unreadable.items() if file not in files}
+
+        def update(fragments: list[Any]) -> Any:
+            updated = []
+            for fragment in self._dataset.get_fragments() if old else []:
+                if fragment.fragment_id in gone or not fragment.count_rows(_row_filter(old)):
+                    continue
+                rest = fragment.delete(_row_filter(old))
+                updated += [rest] if rest is not None else []
+                gone.extend([] if rest is not None else [fragment.fragment_id])
+            return lance.LanceOperation.Update(removed_fragment_ids=gone, updated_fragments=updated,
+                                               new_fragments=fragments)
+
+        return self._commit(rows, vector_size, update, old, left)
+
+    def _commit(self, rows: Sequence[Row], vector_size: int, operation: Callable[[list[Any]], Any], gone: set[int],
+                unreadable: Mapping[str, str]) -> SpanTable:
+        import lance
         from lance.fragment import write_fragments
 
-        before = {name: set(_listing(self.path / name)) for name in ("data", "_versions", "_transactions")}
+        folders = ("data", "_deletions", "_versions", "_transactions")
+        before = {name: set(_listing(self.path / name)) for name in folders}
+        # an index of an earlier version has no column for the text's checksum
+        table = rows_to_arrow(rows, vector_size).select(self._dataset.schema.names)
         try:
-            fragments = write_fragments(
-                rows_to_arrow(rows, vector_size), self._dataset, mode="append", data_storage_version=FILE_VERSION,
-                enable_stable_row_ids=True,
-            )
+            fragments = write_fragments(table, self._dataset, mode="append", data_storage_version=FILE_VERSION,
+                                        enable_stable_row_ids=True)
+            change = operation(fragments)
             # Lance does not fsync: the data has to be on the disk before the manifest that names it
             _fsync_new(self.path, before)
             _require_whole(self.path / "data", before["data"], fragments, sum(len(row.span) for row in rows))
-            dataset = lance.LanceDataset.commit(
-                self._dataset, lance.LanceOperation.Append(fragments), read_version=self.version
-            )
+            dataset = lance.LanceDataset.commit(self._dataset, change, read_version=self.version)
         except BaseException:
             # not where the commit itself may have happened: then the new files are the table
             if set(_listing(self.path / "_versions")) == before["_versions"]:
                 _remove_new(self.path / "data", before["data"])
+                _remove_new(self.path / "_deletions", before["_deletions"])
             raise
         _fsync_new(self.path, before)
+        _record(self.path, before)
         known = {f.fragment_id for f in self._dataset.get_fragments()}
         new = [f for f in dataset.get_fragments() if f.fragment_id not in known]
         names = SpanTable(dataset, Names.EMPTY)._names_in(new)
-        return SpanTable(dataset, self._names.plus((r.chunk.id, r.chunk.document_id, names.rows[r.chunk.id])
-                                                   for r in rows), self.unreadable)
+        kept = self._names.minus(gone) if gone else self._names
+        return SpanTable(dataset, kept.plus((r.chunk.id, r.chunk.document_id, names.rows[r.chunk.id]) for r in rows),
+                         unreadable)
 
     def delete(self, row_ids: Sequence[int]) -> SpanTable:
         """One commit without these rows. The bytes stay on the disk until `compact`."""
@@ -368,17 +460,19 @@ class SpanTable:
         dataset = lance.dataset(str(self.path), version=self.version)
         dataset.delete(_row_filter(row_ids))
         _fsync_new(self.path, before)
+        _record(self.path, before)
         return SpanTable(dataset, self._names.minus(set(row_ids)), self.unreadable)
 
     def drop_unreadable(self) -> SpanTable:
         """One commit without the data files that cannot be read."""
         import lance
 
-        before = {name: set(_listing(self.path / name)) for name in ("_versions", "_transactions")}
-        bad = [f.fragment_id for f in self._dataset.get_fragments() if set(_data_files(f)) & set(self.unreadable)]
+        before = {name: set(_listing(self.path / name)) for name in ("_deletions", "_versions", "_transactions")}
+        bad = [f.fragment_id for f in self._unreadable_fragments()]
         operation = lance.LanceOperation.Delete([], bad, "unreadable data files")
         dataset = lance.LanceDataset.commit(self._dataset, operation, read_version=self.version)
         _fsync_new(self.path, before)
+        _record(self.path, before)
         return SpanTable(dataset)
 
     def compact(self) -> SpanTable:
@@ -403,6 +497,7 @@ class SpanTable:
         if done:
             Compaction.commit(dataset, done)
             _fsync_new(self.path, before)
+            _record(self.path, before)
         return SpanTable(lance.dataset(str(self.path)))
 
     def remove_old_versions(self, keep: Iterable[int] = ()) -> None:
@@ -421,6 +516,7 @@ class SpanTable:
             return
         self._dataset.cleanup_old_versions(older_than=timedelta(0), **options)
         mine = {Path(name).stem for fragment in self._dataset.get_fragments() for name in _data_files(fragment)}
+        _remove_new(self.path / "data", {p for p in _listing(self.path / "data") if p.stem in mine})
         strays = [p.name for p in _listing(self.path / "data") if p.stem not in mine]
         if strays:
             raise OSError(errno.EBUSY, f"files of older versions could not be removed: {', '.join(strays)}")
@@ -453,6 +549,11 @@ def _panics_are_errors() -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     return str(error).split(", /")[0].strip()
+
+
+def _deletion_file(fragment: Any) -> str:
+    deletions = fragment.metadata.deletion_file
+    return deletions.path(fragment.fragment_id) if deletions is not None else ""
 
 
 def _data_files(fragment: Any) -> list[str]:
@@ -516,6 +617,10 @@ def _fsync_new(table: Path, before: Mapping[str, set[Path]]) -> None:
             fsync_all([*inside, new])
         fsync_path(folder)
     fsync_path(table)
+
+
+def _record(table: Path, before: Mapping[str, set[Path]]) -> None:
+    record_checksums(table, set().union(*before.values()))
 
 
 def _require_whole(folder: Path, before: set[Path], fragments: Sequence[Any], span_bytes: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ctxcomp_rag.errors import IndexDamagedError
 from ctxcomp_rag.index.span_store import ROWS_PER_READ, SpanTable
-from ctxcomp_rag.index.vectors import VectorIndex, normalised
+from ctxcomp_rag.index.vectors import VectorIndex
 from ctxcomp_rag.spans import SpanSpec
 
 
@@ -45,6 +45,9 @@ def check_rows(table: SpanTable, spec: SpanSpec, vector_size: int, progress: Cal
                ) -> list[Damage]:
     """Read all rows; the damaged ones, and the files that cannot be read at all."""
     damaged = [Damage("", "", f"{file} cannot be read: {why}") for file, why in table.unreadable.items()]
+    if table.altered:
+        damaged.append(Damage("", "", f"the manifest of version {table.version} is not what was written: chunks may "
+                                      "be missing"))
     torn = table.newer_unreadable()
     if torn:
         damaged.append(Damage("", "", f"{torn.name} cannot be read: the last change of the index is missing"))
@@ -81,8 +84,5 @@ def _check(table: SpanTable, row_ids: Sequence[int], spec: SpanSpec, vector_size
 def check_vectors(table: SpanTable, vectors: VectorIndex) -> list[str]:
     """Whether the search vectors are those of the table's rows; a sentence where they are not."""
     ids = np.sort(np.fromiter(table.rows.values(), np.int64, len(table.rows)))
-    same = np.array_equal(np.sort(vectors.ids()), ids)
-    for start in range(0, len(ids) if same else 0, 4096):
-        batch, stored = table.vectors(ids[start : start + 4096])
-        same = same and np.allclose(vectors.vectors(batch), normalised(stored), rtol=0, atol=1e-6)
+    same = np.array_equal(np.sort(vectors.ids()), ids) and vectors.agrees_with(table.vector_batches(ids))
     return [] if same else ["the search vectors were not those of the chunks; they were made again"]

@@ -80,9 +80,9 @@ def data_files(path: Path) -> list[Path]:
     return sorted(files, key=lambda p: p.stat().st_mtime_ns)
 
 
-def flip_byte(file: Path, offset: int) -> None:
+def flip_byte(file: Path, offset: int, bit: int = 6) -> None:
     data = bytearray(file.read_bytes())
-    data[offset] ^= 0x40
+    data[offset] ^= 1 << bit
     file.write_bytes(data)
 
 

@@ -27,6 +27,7 @@ from ctxcomp_rag.errors import (
     SpanShapeError,
 )
 from ctxcomp_rag.index import MemoryIndex
+from ctxcomp_rag.index.vectors import normalised
 from ctxcomp_rag.spans import SoftSpan, SpanSpec
 from tests.index.checks import QUERIES, assert_holds, assert_same_span
 from tests.index.conftest import (
@@ -143,6 +144,29 @@ def test_stats_count(index: MemoryIndex, path: Path) -> None:
     assert {k: stats[k] for k in ("chunks", "documents", "source_tokens", "slots", "text_bytes")} == {
         "chunks": 40, "documents": 5, "source_tokens": 320, "slots": 160, "text_bytes": texts}
     assert 40 * 4 * 16 * 4 < stats["span_bytes"] < 40 * (4 * 16 * 4 + 600)
+
+
+def test_a_large_index_searches_codes_and_scores_exactly(
+    index: MemoryIndex, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctxcomp_rag.index.vectors.FLAT_MOST", 160)
+    monkeypatch.setattr("ctxcomp_rag.index.vectors.LISTS", 4)
+    corpus = make_corpus(200)
+    corpus.add_to(index, slice(0, 100))
+    corpus.add_to(index, slice(100, 200))
+    assert_holds(index, corpus)
+    np.testing.assert_allclose(index.vectors(corpus.ids[::-1]), normalised(corpus.vectors[::-1]), atol=1e-6)
+    index.delete(chunk_ids=corpus.ids[:50])
+    index.close()
+    with MemoryIndex.open(path) as again:
+        assert_holds(again, corpus, slice(50, 200))
+        best = cosine(QUERIES, corpus.vectors)
+        for hits, scores in zip(again.search(QUERIES, 3, where={"document_id": "d3"}), best, strict=True):
+            allowed = [i for i in range(50, 200) if corpus.chunks[i].document_id == "d3"]
+            assert [h.score for h in hits] == pytest.approx(sorted(scores[allowed], reverse=True)[:3], abs=1e-6)
+        (path / "CURRENT.json").unlink()
+    with MemoryIndex.open(path, read_only=True) as rebuilt:
+        assert_holds(rebuilt, corpus, slice(50, 200))
 
 
 # ---- deleting --------------------------------------------------------------------------------------------------

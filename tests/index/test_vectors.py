@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxcomp_rag.index.vectors import VectorIndex, normalised
+from ctxcomp_rag.index.vectors import VectorIndex, best_of, normalised
 from tests.index.conftest import cosine, flip_byte
 
 
@@ -95,3 +95,54 @@ def test_a_snapshot_that_is_not_whole_is_not_used(tmp_path: Path, harm: str) -> 
     elif harm == "flipped bit":
         flip_byte(file, 200)
     assert VectorIndex.load(tmp_path, 7 if harm == "other size" else 6) is None
+
+
+# ---- codes in inverted lists, for many vectors -----------------------------------------------------------------
+
+
+@pytest.fixture
+def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctxcomp_rag.index.vectors.FLAT_MOST", 200)
+    monkeypatch.setattr("ctxcomp_rag.index.vectors.LISTS", 4)
+
+
+@pytest.mark.usefixtures("few_are_many")
+@pytest.mark.parametrize("in_parts", [True, False])
+def test_candidates_scored_again_are_the_best_with_their_exact_scores(in_parts: bool) -> None:
+    rng = np.random.default_rng(5)
+    ids, vectors = rng.permutation(5000)[:600].astype(np.int64), rng.standard_normal((600, 6))
+    index = VectorIndex(6)
+    for part in np.split(np.arange(600), 6) if in_parts else [np.arange(600)]:
+        index.add(ids[part], vectors[part])
+    assert not index.exact
+    index.add(ids[:50], -vectors[:50])  # known already
+    assert index.remove(ids[:100]) == 100
+    assert sorted(index.ids()) == sorted(ids[100:])
+    asked = rng.standard_normal((3, 6))
+    expected = cosine(asked, vectors[100:])
+    for among in (None, ids[100:103], ids[200:400]):
+        allowed = np.ones(500, bool) if among is None else np.isin(ids[100:], among)
+        for top_k in (1, 10, 1000):
+            found = best_of(asked, index.search(asked, top_k, among=among), ids, vectors, top_k)
+            for row, (hits, scores) in zip(expected, found, strict=True):
+                np.testing.assert_allclose(scores, np.sort(row[allowed])[::-1][:top_k], atol=1e-6)
+                np.testing.assert_allclose([row[ids[100:] == i][0] for i in hits], scores, atol=1e-6)
+    assert best_of(asked, index.search(asked, 5, among=ids[:0]), ids[:0], np.empty((0, 1)), 5)[0][0].tolist() == []
+
+
+@pytest.mark.usefixtures("few_are_many")
+def test_codes_are_saved_loaded_and_compared_with_what_is_stored(tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    ids, vectors = np.arange(300), rng.standard_normal((300, 6))
+    index = VectorIndex(6)
+    index.add(ids, vectors)
+    index.save(tmp_path, 1)
+    loaded = VectorIndex.load(tmp_path, 6)
+    assert loaded is not None
+    again = loaded[0]
+    assert again.agrees_with([(ids[:100], vectors[:100]), (ids[100:], 3 * vectors[100:])])
+    assert not again.agrees_with([(ids[:100], vectors[:100]), (ids[100:], vectors[100:][::-1])])
+    again.add(np.array([7, 300]), vectors[:2])
+    assert len(again) == 301
+    similarities = (normalised(again.vectors(ids)) * normalised(vectors)).sum(axis=1)
+    assert 0.95 < similarities.min() < 1
