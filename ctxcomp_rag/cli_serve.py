@@ -94,8 +94,10 @@ def _backend(rag: CompressedRAG, limits: RequestLimits, url: str | None, max_bat
     decoder = FrozenDecoder(rag.backbone, end_ids=rag.spec.end_ids)
     if url is None:
         return LocalBackend(RequestScheduler(decoder, max_batch=max_batch, max_waiting=max_waiting, limits=limits))
+    from ctxcomp_rag.serving.vllm import require_consecutive
     from ctxcomp_rag.serving.vllm_server import VLLMBackend
 
+    require_consecutive(rag.spec)
     return VLLMBackend(decoder, url, limits=limits)
 
 

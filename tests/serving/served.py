@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from openai import OpenAI
 
 from ctxcomp_rag import CompressedRAG, FrozenDecoder, RequestScheduler
@@ -58,6 +59,13 @@ def serving(rag: CompressedRAG, *, backend: Backend | None = None, gate: GateLim
     spans = SpanService(rag, **service)
     app = create_app(spans, chosen, model=MODEL, tenants=Tenants(line for _, line in made.values()),
                      limits=gate or GateLimits())
+    with running(app, shutdown_seconds) as (url, server):
+        yield Served(url, server, spans, chosen, {t: key for t, (key, _) in made.items()})
+
+
+@contextmanager
+def running(app: FastAPI, shutdown_seconds: int = 20) -> Iterator[tuple[str, uvicorn.Server]]:
+    """An application on a free port: its address, and what stops it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -66,7 +74,7 @@ def serving(rag: CompressedRAG, *, backend: Backend | None = None, gate: GateLim
     thread.start()
     assert eventually(lambda: server.started)
     try:
-        yield Served(f"http://127.0.0.1:{port}", server, spans, chosen, {t: key for t, (key, _) in made.items()})
+        yield f"http://127.0.0.1:{port}", server
     finally:
         server.should_exit = True
         thread.join(PATIENCE)

@@ -61,11 +61,10 @@ def idle(served: Served) -> bool:
 def test_a_caller_that_goes_away_frees_the_decoder(served: Served, gate: Gate, stream: bool) -> None:
     """In the middle of a stream, and while waiting for a whole answer."""
     gate.hold(after=20)
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "?"}], "max_tokens": LONG, "stream": stream, **PLAIN}
-    headers = {"Authorization": f"Bearer {served.keys['acme']}"}
-    data = json.dumps(body).encode()
+    data = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "?"}], "max_tokens": LONG,
+                       "stream": stream, **PLAIN}).encode()
     request = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: "
-               f"{headers['Authorization']}\r\nContent-Length: {len(data)}\r\n\r\n").encode() + data
+               f"Bearer {served.keys['acme']}\r\nContent-Length: {len(data)}\r\n\r\n").encode() + data
     host, port = served.url.removeprefix("http://").split(":")
     caller = socket.create_connection((host, int(port)), PATIENCE)
     caller.sendall(request)
@@ -187,7 +186,7 @@ def test_the_command_serves_until_it_is_stopped_and_exits_well(kb: Path, tmp_pat
                                 "--keys", str(tmp_path / "keys")], stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        assert eventually(lambda: process.poll() is not None or _accepts(f"http://127.0.0.1:{port}"))
+        assert eventually(lambda: process.poll() is not None or _accepts(f"http://127.0.0.1:{port}"), 5 * PATIENCE)
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key["key"], timeout=PATIENCE)
         with CompressedRAG.open(kb) as rag:
             expected = rag.answer("How tall is the Skellan lighthouse?")
