@@ -2,10 +2,10 @@
 
     python benchmarks/callers.py [--callers 1,4,16] [--requests 48] [--tokens 32] [--rounds 3] [--out FILE]
 
-Every caller asks, waits for its streamed answer, and asks again (spans of three retrieved chunks, greedy, answers of a
-fixed length). The numbers of callers take turns, round by round, so that a busy machine slows all alike; the medians of
-the rounds are compared. Tokens per CPU second leave out what the machine did for others meanwhile. Every streamed answer
-is compared with that of the same request alone.
+Every caller asks, waits for its streamed answer, and asks again (spans of three retrieved chunks, greedy, answers of
+one length). The numbers of callers take turns, round by round, so that a busy machine slows all alike; the medians of
+the rounds are compared. Tokens per CPU second leave out what the machine did for others meanwhile. Every streamed
+answer is compared with that of the same request alone.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from tqdm import tqdm
 from ctxcomp_rag import CompressedRAG, Document, FrozenDecoder, GenerationSettings, Part, RequestScheduler
 from ctxcomp_rag.evaluation.fictional import generate_corpus
 from ctxcomp_rag.evaluation.provenance import write_result
+
+_SPEEDS = {"per_second": "tokens_per_second", "per_cpu_second": "tokens_per_cpu_second"}
 
 
 def one_round(decoder: FrozenDecoder, prompts: list[list[Part]], settings: GenerationSettings, callers: int,
@@ -75,10 +77,9 @@ def main() -> None:
     for callers, made in rounds.items():
         middle = {key: statistics.median(m[key] for m in made) for key in made[0]}
         base = rows[0] if rows else None
-        rows.append({"callers": callers, "tokens_per_second": round(middle["per_second"], 1),
-                     "tokens_per_cpu_second": round(middle["per_cpu_second"], 1),
-                     "times_one": round(middle["per_second"] / base["tokens_per_second"], 2) if base else 1.0,
-                     "times_one_cpu": round(middle["per_cpu_second"] / base["tokens_per_cpu_second"], 2) if base else 1.0,
+        times = {name: round(middle[key] / base[name], 2) if base else 1.0 for key, name in _SPEEDS.items()}
+        rows.append({"callers": callers, **{name: round(middle[key], 1) for key, name in _SPEEDS.items()},
+                     "times_one": times["tokens_per_second"], "times_one_cpu": times["tokens_per_cpu_second"],
                      "first_piece_ms": round(middle["first_piece_ms"], 1), "wrong": sum(m["wrong"] for m in made)})
     print_table(rows)
     write_result(args.out, {"requests": args.requests, "tokens": args.tokens, "rounds": args.rounds, "rows": rows})

@@ -70,7 +70,7 @@ def test_slots_that_are_spread_are_refused(soft: CompressedRAG) -> None:
 
 def test_kv_spans_are_refused(rag: CompressedRAG) -> None:
     with pytest.raises(UnsupportedModelError, match="cannot read KV spans"):
-        prompt_embeds(rag.prompt("?", rag.retrieve("?")), rag.backbone)
+        prompt_embeds(rag.prompt("Who?", rag.retrieve("Who?")), rag.backbone)
 
 
 def test_an_index_that_vllm_would_misread_is_refused_before_anything_is_served(rag: CompressedRAG, soft: CompressedRAG,
@@ -199,7 +199,7 @@ def test_the_same_spans_are_the_same_prefix_whatever_is_asked(soft: CompressedRA
         ask(served, question, extra_body={"where": where}, max_tokens=1)
         rows.append(torch.load(io.BytesIO(base64.b64decode(engine.state.seen[-1]["prompt_embeds"])), weights_only=True))
     sources = canonical(soft, QUESTIONS[0])
-    before_question, _ = prompt_embeds(soft.prompt("?", sources)[:-2], soft.backbone)
+    before_question, _ = prompt_embeds(soft.prompt("Who?", sources)[:-2], soft.backbone)
     assert len(before_question) > sum(s.span.num_slots for s in sources)
     assert all(torch.equal(r[: len(before_question)], before_question) for r in rows)
     by_score = {tuple(s.chunk.id for s in soft.retrieve(q, where=where)) for q in QUESTIONS[:6]}
@@ -212,13 +212,13 @@ def test_limits_and_refusals_reach_the_caller(served: Served) -> None:
                              ({"question": "<prompt_embeds>"}, "which vLLM reserves"),
                              ({"question": "y " * 150, "max_tokens": 1}, "too long for this engine")):
         with pytest.raises(openai.BadRequestError, match=message):
-            ask(served, **{"question": "?", **options})
+            ask(served, **{"question": "Who?", **options})
 
 
 def test_an_engine_that_is_not_there_is_no_error_of_the_caller(soft: CompressedRAG) -> None:
     with serving(soft, backend=VLLMBackend(soft.decoder, "http://127.0.0.1:9")) as served:
         with pytest.raises(openai.InternalServerError, match="vLLM server cannot be reached") as error:
-            ask(served, "?")
+            ask(served, "Who?")
         assert error.value.status_code == 503
         with pytest.raises(openai.InternalServerError):
             served.client().get("/../health/ready", cast_to=object)

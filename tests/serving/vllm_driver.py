@@ -27,8 +27,8 @@ def main(model: str, index: str, out: str) -> None:
         for name, settings in (("greedy", GenerationSettings(24)), ("stop", GenerationSettings(24, stop=(" the",)))):
             ours = [rag.decoder.generate(p, settings) for p in prompts]
             theirs = engine.generate(prompts, settings)
-            found[name] = [[(g.text, g.token_ids, g.finish_reason, g.completion_tokens, g.usage.positions) for g in made]
-                           for made in (ours, theirs)]
+            found[name] = [[(g.text, g.token_ids, g.finish_reason, g.completion_tokens, g.usage.positions)
+                            for g in made] for made in (ours, theirs)]
         found["cached"] = _cached(llm, rag)
     Path(out).write_text(json.dumps(found))
 
