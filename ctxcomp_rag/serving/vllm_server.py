@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import CancelledError
 from typing import Any
 
 import httpx
@@ -117,7 +118,9 @@ class _Running:
                 if piece:
                     yield piece
             self._over = True
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            if self._closing is not None:  # by us
+                raise CancelledError from error
             raise RefusalError(503, "the vLLM server broke off in the middle of an answer", kind="server_error",
                                code="backend_unavailable") from error
         finally:

@@ -215,6 +215,15 @@ def test_the_command_says_what_is_missing(tmp_path: Path, options: dict[str, Any
         serve(tmp_path, **options)
 
 
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1 port {port}.*choose another --port"):
+            serve(tmp_path, port=port)
+
+
 def test_the_embedded_models_index_is_not_served_by_vllm(kb: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="serve this index with --backend local"):
         serve(kb, backend=BackendName.vllm, backend_url="http://127.0.0.1:1")

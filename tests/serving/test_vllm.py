@@ -6,10 +6,12 @@ The other side is a stand-in here that reads the wire form as vLLM does and deco
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from ctxcomp_rag.errors import InputError, UnsupportedModelError
 from ctxcomp_rag.serving.vllm import prompt_embeds, require_consecutive, sampling, wire_form
 from ctxcomp_rag.serving.vllm_server import VLLMBackend
 from ctxcomp_rag.spans import SoftSpan
-from tests.gate import Gate
+from tests.gate import PATIENCE, Gate, eventually
 from tests.serving.served import MODEL, Served, running, serving
 from tests.serving.soft import QUESTIONS, consecutive_index
 
@@ -122,7 +124,7 @@ def test_settings_in_vllms_names() -> None:
 def stand_in(decoder: FrozenDecoder) -> FastAPI:
     """Answers as vLLM's server does, as far as it is asked here."""
     app = FastAPI()
-    app.state.seen = []
+    app.state.seen, app.state.left = [], threading.Event()
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -141,7 +143,13 @@ def stand_in(decoder: FrozenDecoder) -> FastAPI:
         made = decoder.generate([Delimiter(rows)], GenerationSettings(body["max_tokens"], stop=tuple(body["stop"])))
         ids = [*made.token_ids, *([body["stop_token_ids"][0]] * (made.completion_tokens - len(made.token_ids)))]
 
-        def events() -> Iterator[str]:
+        async def events() -> AsyncIterator[str]:
+            if "hang" in body["stop"]:
+                try:
+                    yield 'data: {"choices": [{"index": 0, "text": "so", "finish_reason": null}]}\n\n'
+                    await asyncio.sleep(PATIENCE)
+                finally:
+                    app.state.left.set()
             for text, own, reason in ((made.text[:3], ids[:1], None), (made.text[3:], ids[1:], made.finish_reason)):
                 choice = {"index": 0, "text": text, "token_ids": own, "finish_reason": reason}
                 yield f"data: {json.dumps({'choices': [choice]})}\n\n"
@@ -210,9 +218,24 @@ def test_limits_and_refusals_reach_the_caller(served: Served) -> None:
     for options, message in (({"max_tokens": 51}, "the limit is 50"),
                              ({"question": "y " * 500}, "positions"),
                              ({"question": "<prompt_embeds>"}, "which vLLM reserves"),
-                             ({"question": "y " * 150, "max_tokens": 1}, "too long for this engine")):
+                             ({"question": "y" * 280, "max_tokens": 1}, "too long for this engine")):
         with pytest.raises(openai.BadRequestError, match=message):
             ask(served, **{"question": "Who?", **options})
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_caller_that_goes_away_ends_the_engines_request(served: Served, engine: FastAPI, stream: bool) -> None:
+    engine.state.left.clear()
+    if stream:
+        events = ask(served, "Who?", stop="hang", stream=True)
+        assert [next(events).choices[0].delta.content for _ in range(2)] == ["", "so"]
+        events.close()
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            served.client().with_options(timeout=2).chat.completions.create(
+                model=MODEL, stop="hang", messages=[{"role": "user", "content": "Who?"}])
+    assert engine.state.left.wait(PATIENCE / 2)
+    assert eventually(lambda: served.backend.decoding == 0)
 
 
 def test_an_engine_that_is_not_there_is_no_error_of_the_caller(soft: CompressedRAG) -> None:

@@ -19,7 +19,7 @@ from tests.tiny_models import LetterCounts
 
 def main(model: str, index: str, out: str) -> None:
     llm = LLM(model, dtype="float32", enforce_eager=True, enable_prompt_embeds=True, max_model_len=512,
-              enable_prefix_caching=True)
+              enable_prefix_caching=True, block_size=32)
     with CompressedRAG.open(index, encoder=LetterCounts()) as rag:
         engine = VLLMEngine(llm, rag.decoder)
         prompts = [rag.prompt(q, rag.retrieve(q)) for q in QUESTIONS]
