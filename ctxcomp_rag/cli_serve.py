@@ -60,7 +60,7 @@ def serve(
     """Serve an index over HTTP, as OpenAI's chat completions do. SIGINT or SIGTERM stops it gracefully."""
     try:
         from ctxcomp_rag.serving.app import create_app
-        from ctxcomp_rag.serving.server import make_server, require_keys_outside
+        from ctxcomp_rag.serving.server import listening, make_server, require_keys_outside
     except ModuleNotFoundError as error:
         raise InputError(f"ctxcomp serve needs {error.name}; run pip install 'ctxcomp-rag[serve]'") from error
     from ctxcomp_rag.decoding import RequestLimits
@@ -74,9 +74,10 @@ def serve(
     tenants = Tenants.from_file(keys) if keys is not None else Tenants(os.environ.get(_KEYS_VARIABLE, "").splitlines())
     require_keys_outside(host, tenants)
     quiet()
-    with CompressedRAG.open(index, model=model, compressor=compressor) as rag:
+    with listening(host, port) as listener, CompressedRAG.open(index, model=model, compressor=compressor) as rag:
         limits = RequestLimits(max_prompt_positions, max_new_tokens)
-        served = name or rag.backbone.model_id
+        model_id = rag.backbone.model_id
+        served = name or (Path(model_id).name if Path(model_id).is_dir() else model_id)  # callers see no path of ours
         app = create_app(SpanService(rag, canonical_order=canonical_order),
                          _backend(rag, limits, backend_url, max_batch, max_waiting), model=served, tenants=tenants,
                          limits=GateLimits(max_batch + max_waiting, max_body_bytes, max_messages),
@@ -84,7 +85,7 @@ def serve(
         for stop in (signal.SIGINT, signal.SIGTERM):  # the server raises them again when it has stopped
             signal.signal(stop, lambda *_: None)
         to_err.print(f"serving {index} as {served!r} on http://{host}:{port}/v1")
-        make_server(app, host=host, port=port, shutdown_seconds=shutdown_seconds).run()
+        make_server(app, shutdown_seconds=shutdown_seconds).run(sockets=[listener])
 
 
 def _backend(rag: CompressedRAG, limits: RequestLimits, url: str | None, max_batch: int, max_waiting: int) -> Backend:
@@ -94,8 +95,10 @@ def _backend(rag: CompressedRAG, limits: RequestLimits, url: str | None, max_bat
     decoder = FrozenDecoder(rag.backbone, end_ids=rag.spec.end_ids)
     if url is None:
         return LocalBackend(RequestScheduler(decoder, max_batch=max_batch, max_waiting=max_waiting, limits=limits))
+    from ctxcomp_rag.serving.vllm import require_consecutive
     from ctxcomp_rag.serving.vllm_server import VLLMBackend
 
+    require_consecutive(rag.spec)
     return VLLMBackend(decoder, url, limits=limits)
 
 

@@ -47,9 +47,9 @@ class Gate:
         self._handle.remove()
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
+def eventually(condition: Callable[[], bool], patience: float = PATIENCE) -> bool:
     """Whether it comes true before patience ends."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while not condition():
         if time.monotonic() > deadline:
             return False

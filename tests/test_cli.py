@@ -220,7 +220,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert "run the same command again to go on" in said
 
 
-@pytest.mark.parametrize("command", ["", "precompress", "ask", "inspect", "verify", "codecs", "eval", "demo"])
+@pytest.mark.parametrize("command", ["", "precompress", "ask", "inspect", "verify", "codecs", "eval", "demo",
+                                     "serve", "api-key"])
 def test_help_comes_without_loading_a_model(command: str) -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "ctxcomp_rag.cli", *command.split(), "--help"],
                           capture_output=True, text=True, check=False)

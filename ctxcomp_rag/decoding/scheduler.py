@@ -261,7 +261,7 @@ class RequestScheduler:
 
     @property
     def decoding(self) -> int:
-        """Requests in the batch."""
+        """Requests in the batch, or being prefilled for it."""
         return self._decoding
 
     def close(self) -> None:
@@ -338,6 +338,7 @@ class RequestScheduler:
         """Fill the free rows: prefill together; where that fails one by one, so that the error reaches its caller."""
         together = True
         while fresh := self._next(self.max_batch - len(active), together, bool(active)):
+            self._decoding = len(active) + len(fresh)
             try:
                 loop.admit([t.request for t in fresh])
                 active.update({t.request: t for t in fresh})

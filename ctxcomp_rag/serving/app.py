@@ -16,6 +16,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from ctxcomp_rag import __version__
 from ctxcomp_rag.chat import Stripper
@@ -100,8 +101,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     answer = _Answer(server, running, AnswerBody(server.model, prepared.sources), began)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(answer.events(with_usage), media_type="text/event-stream",
-                                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        return _EventStream(answer, with_usage)
     return await answer.whole(request)
 
 
@@ -219,8 +219,21 @@ class _Answer:
             yield "data: [DONE]\n\n"
         except Exception as error:  # the status is sent already: the error is an event
             yield _event(refusal_of(error).body)
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; however it ends, also before its first one, nobody decodes on."""
+
+    def __init__(self, answer: _Answer, with_usage: bool) -> None:
+        super().__init__(answer.events(with_usage), media_type="text/event-stream",
+                         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._running = answer.running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
         finally:
-            self.running.cancel()
+            self._running.cancel()
 
 
 def _event(value: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,13 +19,22 @@ def require_keys_outside(host: str, tenants: Tenants) -> None:
                          "ctxcomp api-key NAME >> FILE and pass --keys FILE, or use --host 127.0.0.1")
 
 
-def make_server(app: FastAPI, *, host: str, port: int, shutdown_seconds: int) -> uvicorn.Server:
-    """A server whose `run()` returns after SIGINT or SIGTERM (or `should_exit`).
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 is any free one. Raises InputError where that cannot be."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise InputError(f"cannot listen on {host} port {port}: {error.strerror or error}; choose another --port or "
+                         "--host") from error
+
+
+def make_server(app: FastAPI, *, shutdown_seconds: int) -> uvicorn.Server:
+    """A server whose `run(sockets=[...])` returns after SIGINT or SIGTERM (or `should_exit`).
 
     Args:
         shutdown_seconds: time that running requests get to finish; after it they are cancelled.
     """
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, server_header=False,
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
                             timeout_graceful_shutdown=shutdown_seconds)
     return uvicorn.Server(config)
 

@@ -54,14 +54,15 @@ class SpanService:
         turns = _turns(request.messages)
         if any(isinstance(c, SpanReference) for turn in turns for c in turn.content):
             return Prepared(self.chat.prompt(turns, _scope(tenant), on_error="raise").parts, ())
-        *history, last = [Message(t.role, t.content) for t in turns]  # no reference is left in them: all is text
-        if last.role != "user":
-            raise InputError(f"expected the last message to be the user's question, got one of role {last.role!r}")
-        question = "".join(str(c) for c in last.content)
+        *said, last = [(turn.role, "".join(map(str, turn.content))) for turn in turns]
+        if last[0] != "user":
+            raise InputError(f"expected the last message to be the user's question, got one of role {last[0]!r}")
+        question = last[1]
         sources = [] if request.mode == "none" else self.retrieve(question, request.top_k, request.where)
         if self.canonical_order:
             sources.sort(key=lambda s: (s.chunk.document_id, s.chunk.start, s.chunk.id))
-        parts = self.rag.prompt(question, sources, request.mode, history=[m for m in history if m.content])
+        parts = self.rag.prompt(question, sources, request.mode,
+                                history=[Message(role, (text,)) for role, text in said if text])
         return Prepared(parts, tuple(sources))
 
 

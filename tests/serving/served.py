@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from openai import OpenAI
 
 from ctxcomp_rag import CompressedRAG, FrozenDecoder, RequestScheduler
@@ -18,7 +18,7 @@ from ctxcomp_rag.decoding import RequestLimits
 from ctxcomp_rag.serving.app import create_app
 from ctxcomp_rag.serving.backends import Backend, LocalBackend
 from ctxcomp_rag.serving.gate import GateLimits
-from ctxcomp_rag.serving.server import make_server
+from ctxcomp_rag.serving.server import listening, make_server
 from ctxcomp_rag.serving.service import SpanService
 from ctxcomp_rag.serving.tenants import Tenants, new_key
 from tests.gate import PATIENCE, eventually
@@ -58,15 +58,21 @@ def serving(rag: CompressedRAG, *, backend: Backend | None = None, gate: GateLim
     spans = SpanService(rag, **service)
     app = create_app(spans, chosen, model=MODEL, tenants=Tenants(line for _, line in made.values()),
                      limits=gate or GateLimits())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = make_server(app, host="127.0.0.1", port=port, shutdown_seconds=shutdown_seconds)
-    thread = threading.Thread(target=server.run, daemon=True)
+    with running(app, shutdown_seconds) as (url, server):
+        yield Served(url, server, spans, chosen, {t: key for t, (key, _) in made.items()})
+
+
+@contextmanager
+def running(app: FastAPI, shutdown_seconds: int = 20) -> Iterator[tuple[str, uvicorn.Server]]:
+    """An application on a free port: its address, and what stops it."""
+    listener = listening("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    server = make_server(app, shutdown_seconds=shutdown_seconds)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     assert eventually(lambda: server.started)
     try:
-        yield Served(f"http://127.0.0.1:{port}", server, spans, chosen, {t: key for t, (key, _) in made.items()})
+        yield f"http://127.0.0.1:{port}", server
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
