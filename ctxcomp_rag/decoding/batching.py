@@ -15,7 +15,6 @@ from ctxcomp_rag.decoding.blend import blend
 from ctxcomp_rag.decoding.cache import keeps_all, new_cache
 from ctxcomp_rag.decoding.splice import BlendedRun, EmbeddedRun, SplicedPrompt
 
-
 _ROOM_FOR_ANSWER = 64
 
 
