@@ -33,7 +33,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of the token ids.")] = 0,
     peer: Annotated[list[str] | None, typer.Option(help="NAME=PYTHON: another project (kvpress, llmlingua, vllm) and "
                                                    "the interpreter that has it; may be repeated.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the growth with the chunks into this SVG or PNG file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the growth with the chunks into this SVG or PNG.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -91,10 +91,9 @@ def bench(
 
 def _counts(text: str) -> list[int]:
     try:
-        counts = [int(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise InputError(f"expected --chunks as a number, or numbers with commas such as 2,5,10, got {text!r}") from error
-    return counts
+        raise InputError(f"expected --chunks as a number, or numbers such as 2,5,10, got {text!r}") from error
 
 
 def _interpreters(given: list[str]) -> dict[str, Path]:
