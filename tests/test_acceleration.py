@@ -88,5 +88,5 @@ def test_int8_is_near_leaves_the_original_alone_and_keeps_the_fingerprint() -> N
 
 def test_int8_needs_float32() -> None:
     half = Backbone(tiny_model(tiny_config("llama")).to(torch.bfloat16), tiny_tokenizer(), model_id="half")
-    with pytest.raises(UnsupportedModelError, match="need a float32 model on a CPU, got torch.bfloat16"):
+    with pytest.raises(UnsupportedModelError, match=r"need a float32 model on a CPU, got torch\.bfloat16"):
         half.accelerated(int8=True)

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ctxcomp_rag.backbone import Backbone
-from ctxcomp_rag.decoding.blend import blend
+from ctxcomp_rag.decoding.blend import additive_mask, blend
 from ctxcomp_rag.decoding.cache import keeps_all, new_cache
 from ctxcomp_rag.decoding.splice import BlendedRun, EmbeddedRun, SplicedPrompt
 
-
 _ROOM_FOR_ANSWER = 64
+_LARGEST_MASK = 2**24  # elements
 
 
 @dataclass
@@ -58,7 +58,7 @@ def prefill(prompts: Sequence[SplicedPrompt], backbone: Backbone) -> DecodingSta
 
 def all_logits(prompt: SplicedPrompt, backbone: Backbone) -> Tensor:
     """Logits (embedded rows, vocab_size) at every row that goes through the decoder."""
-    return _walk(prompt, backbone, keep_all=True)[0]
+    return _read(prompt, backbone, keep_all=True)[0]
 
 
 def step(state: DecodingState, tokens: list[int], backbone: Backbone) -> None:
@@ -67,6 +67,23 @@ def step(state: DecodingState, tokens: list[int], backbone: Backbone) -> None:
     state.mask = torch.cat([state.mask, state.mask.new_ones(len(tokens), 1)], dim=1)
     state.logits = _forward(backbone, backbone.embed(ids), state.positions[:, None], state.mask, state.cache, 1)[:, -1]
     state.positions = state.positions + 1
+
+
+def extend(state: DecodingState, tokens: list[int], backbone: Backbone) -> Tensor:
+    """Feed several tokens to the only row; logits (tokens, vocab_size) after each of them."""
+    ids = torch.tensor([tokens], device=backbone.device)
+    positions = state.positions[:, None] + torch.arange(len(tokens), device=backbone.device)
+    state.mask = torch.cat([state.mask, state.mask.new_ones(1, len(tokens))], dim=1)
+    logits = _forward(backbone, backbone.embed(ids), positions, state.mask, state.cache, 0)[0]
+    state.logits, state.positions = logits[-1:], state.positions + len(tokens)
+    return logits
+
+
+def retract(state: DecodingState, count: int) -> None:
+    """Forget the last tokens of the only row. Its logits are no longer those of the next token."""
+    if count:
+        state.cache.crop(-count)
+        state.mask, state.positions = state.mask[:, :-count], state.positions - count
 
 
 def merge(states: Sequence[DecodingState], backbone: Backbone) -> DecodingState:
@@ -98,7 +115,50 @@ def _forward(backbone: Backbone, embeds: Tensor, positions: Tensor, mask: Tensor
     return logits
 
 
-def _walk(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -> tuple[Tensor, DynamicCache]:
+def _read(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -> tuple[Tensor, DynamicCache]:
+    embedded = [run.embeds.shape[0] for run in prompt.runs if isinstance(run, EmbeddedRun)]
+    small = sum(embedded) * prompt.length <= _LARGEST_MASK
+    if len(embedded) > 1 and small and not any(isinstance(run, BlendedRun) for run in prompt.runs):
+        return read_at_once(prompt, backbone, keep_all=keep_all)
+    return read_in_turn(prompt, backbone, keep_all=keep_all)
+
+
+def read_at_once(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -> tuple[Tensor, DynamicCache]:
+    """All rows between cached runs in one pass: every pass reads all weights, be it for a single line break.
+
+    The cached entries come first in the cache, whatever their places. Keys carry their positions, so attention does
+    not care; the mask lets each row see what stands before it in the prompt. Not for prompts with blended runs.
+
+    Returns:
+        Logits (embedded rows, vocab_size), or (1, vocab_size) of the last row only; the cache.
+    """
+    cache = new_cache(backbone, prompt.length + _ROOM_FOR_ANSWER)
+    places: list[Tensor] = []
+    rows: list[EmbeddedRun] = []
+    row_places: list[Tensor] = []
+    seen = 0
+    for run in prompt.runs:
+        assert not isinstance(run, BlendedRun)
+        count = run.embeds.shape[0] if isinstance(run, EmbeddedRun) else run.keys.shape[2]
+        place = torch.arange(seen, seen + count, device=backbone.device)
+        seen += count
+        if isinstance(run, EmbeddedRun):
+            rows.append(run)
+            row_places.append(place)
+            continue
+        places.append(place)
+        for layer, (keys, values) in enumerate(zip(run.keys, run.values, strict=True)):
+            cache.update(keys[None], values[None], layer)
+    standing = torch.cat(row_places)
+    visible = torch.cat([*places, standing]) <= standing[:, None]
+    logits = _forward(backbone, torch.cat([run.embeds for run in rows])[None],
+                      torch.cat([run.positions for run in rows])[None], additive_mask(visible, backbone.dtype), cache,
+                      0 if keep_all else 1)
+    return logits[0], cache
+
+
+def read_in_turn(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -> tuple[Tensor, DynamicCache]:
+    """One pass for each embedded run; what `read_at_once` is tested against."""
     cache = new_cache(backbone, prompt.length + _ROOM_FOR_ANSWER)
     seen = 0
     kept: list[Tensor] = []
@@ -120,7 +180,7 @@ def _walk(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -> tuple
 
 
 def _prefill_alone(prompt: SplicedPrompt, backbone: Backbone) -> DecodingState:
-    logits, cache = _walk(prompt, backbone, keep_all=False)
+    logits, cache = _read(prompt, backbone, keep_all=False)
     mask = torch.ones(1, prompt.length, dtype=torch.long, device=backbone.device)
     return DecodingState(logits[-1:], cache, mask, torch.tensor([prompt.next_position], device=backbone.device))
 

@@ -28,13 +28,18 @@ def blend(run: BlendedRun, cache: DynamicCache, backbone: Backbone) -> None:
     order = torch.cat([stored, fresh])
     visible = torch.ones(len(fresh), seen + n, dtype=torch.bool, device=fresh.device)
     visible[:, seen:] = order <= fresh[:, None]
-    mask = torch.zeros(visible.shape, dtype=backbone.dtype, device=fresh.device)
-    mask.masked_fill_(~visible, torch.finfo(backbone.dtype).min)
     backbone.model(inputs_embeds=run.fresh.embeds[fresh][None], position_ids=run.fresh.positions[fresh][None],
-                   attention_mask=mask[None, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                   attention_mask=additive_mask(visible, backbone.dtype), past_key_values=cache, use_cache=True,
+                   logits_to_keep=1)
     back = torch.cat([torch.arange(seen, device=order.device), order.argsort() + seen])
     for entry in layers:
         entry.keys, entry.values = entry.keys[:, :, back], entry.values[:, :, back]
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """(1, 1, rows, entries) to be added to attention scores, from (rows, entries), True where a row sees an entry."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]
 
 
 def farthest(run: BlendedRun, cache: DynamicCache, backbone: Backbone) -> Tensor:
@@ -55,4 +60,4 @@ def farthest(run: BlendedRun, cache: DynamicCache, backbone: Backbone) -> Tensor
     return missed.topk(run.num_fresh).indices.sort().values
 
 
-__all__ = ["blend", "farthest"]
+__all__ = ["additive_mask", "blend", "farthest"]

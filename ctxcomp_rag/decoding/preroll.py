@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 
 import torch
-from cachetools import LFUCache
+from cachetools import LFUCache, LRUCache
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding.batching import prefill
@@ -20,6 +20,8 @@ from ctxcomp_rag.decoding.splice import EmbeddedRun, splice
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.rope import require_full_attention
 from ctxcomp_rag.spans import KVSpan, MemorySpan, SpanSpec
+
+_REMEMBERED = 65536  # spans whose first request is remembered
 
 
 @torch.inference_mode()
@@ -48,7 +50,8 @@ def preroll(span: MemorySpan, spec: SpanSpec, backbone: Backbone) -> KVSpan:
 class PrerolledSpans:
     """Pre-rolled spans in main memory: the most used ones, within a number of bytes. Thread-safe.
 
-    Least frequently used goes first, so one pass over many rare spans does not wash the hot ones out.
+    Least frequently used goes first, and where room is short a span is let in at its second request only, so one pass
+    over many rare spans washes nothing out.
 
     Attributes:
         hits, misses: lookups since the start.
@@ -61,6 +64,7 @@ class PrerolledSpans:
         self.backbone, self.spec = backbone, spec
         self.hits = self.misses = 0
         self._kept: LFUCache[tuple[str, int], KVSpan] = LFUCache(max_bytes, getsizeof=lambda span: span.nbytes)
+        self._asked: LRUCache[tuple[str, int], bool] = LRUCache(_REMEMBERED)
         self._lock = threading.Lock()
 
     @property
@@ -82,9 +86,12 @@ class PrerolledSpans:
                 self.hits += 1
                 return found
             self.misses += 1
+            known = self._asked.pop(key, False)
+            self._asked[key] = True
         made = preroll(span, self.spec, self.backbone)
         with self._lock:
-            if made.nbytes <= self._kept.maxsize:
+            free = self._kept.maxsize - self._kept.currsize
+            if made.nbytes <= (self._kept.maxsize if known else free):
                 self._kept[key] = made
         return made
 

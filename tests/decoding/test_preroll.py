@@ -84,6 +84,18 @@ def test_hot_spans_stay_within_their_bytes_and_rare_ones_do_not_wash_them_out() 
     assert torch.equal(again.keys, preroll(soft_span(backbone, 1), spec(backbone), backbone).keys)
 
 
+def test_where_room_is_short_a_span_is_kept_from_its_second_request_on() -> None:
+    backbone = tiny_backbone("llama")
+    size = preroll(soft_span(backbone), spec(backbone), backbone).nbytes
+    hot = PrerolledSpans(backbone, spec(backbone), max_bytes=size)
+    hot.get(soft_span(backbone, 1))
+    hot.get(soft_span(backbone, 2))
+    assert soft_span(backbone, 1) in hot
+    hot.get(soft_span(backbone, 2))
+    assert soft_span(backbone, 2) in hot
+    assert soft_span(backbone, 1) not in hot
+
+
 def test_the_same_chunk_at_another_factor_is_another_span() -> None:
     backbone = tiny_backbone("llama")
     hot = PrerolledSpans(backbone, spec(backbone), max_bytes=10**6)

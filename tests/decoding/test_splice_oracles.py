@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from ctxcomp_rag.backbone import Backbone, weights_digest
 from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, Part, TokenIds
+from ctxcomp_rag.decoding.batching import DecodingState, all_logits, prefill, read_in_turn, step
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError, UnsupportedModelError
 from ctxcomp_rag.spans import KVSpan, SoftSpan
 from tests.tiny_models import ARCHITECTURES, FULL_ATTENTION_ROPE, MAX_POSITIONS, tiny_backbone
@@ -64,6 +65,43 @@ def test_spans_after_text_are_the_chunk_prefilled_alone_at_its_place(name: str) 
         expected = backbone.model(torch.tensor([IDS]), attention_mask=mask).logits[0]
     got = FrozenDecoder(backbone).logits(parts)
     torch.testing.assert_close(got, torch.cat([expected[:before], expected[before + middle :]]), atol=TOLERANCE, rtol=0)
+
+
+def between_spans(backbone: Backbone) -> list[Part]:
+    """[text][KV span][line break][KV span][soft span][text][KV span][text]."""
+    return [TokenIds(IDS[:3]), kv(backbone, IDS[3:8]), TokenIds((7,)), kv(backbone, IDS[8:12]),
+            soft(backbone, IDS[12:15]), TokenIds(IDS[15:17]), kv(backbone, IDS[17:20]), TokenIds(IDS[20:])]
+
+
+@pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
+def test_text_between_kv_spans_is_read_in_one_pass_as_it_would_be_in_turn(name: str) -> None:
+    backbone = tiny_backbone(name)
+    prompt = FrozenDecoder(backbone).splice(between_spans(backbone))
+    passes: list[int] = []
+    with torch.inference_mode():
+        in_turn, _ = read_in_turn(prompt, backbone, keep_all=True)
+        counted = backbone.model.register_forward_hook(lambda *_: passes.append(1))
+        state = prefill([prompt], backbone)
+        counted.remove()
+    assert passes == [1]
+    torch.testing.assert_close(all_logits(prompt, backbone), in_turn, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(state.logits[0], in_turn[-1], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
+def test_after_it_the_answer_goes_on_as_after_reading_in_turn(name: str) -> None:
+    backbone = tiny_backbone(name)
+    prompt = FrozenDecoder(backbone).splice(between_spans(backbone))
+    with torch.inference_mode():
+        logits, cache = read_in_turn(prompt, backbone, keep_all=True)
+        state = DecodingState(logits[-1:], cache, torch.ones(1, prompt.length, dtype=torch.long),
+                              torch.tensor([prompt.next_position]))
+        expected = [int(state.logits.argmax())]
+        for _ in range(7):
+            step(state, expected[-1:], backbone)
+            expected.append(int(state.logits.argmax()))
+    got = FrozenDecoder(backbone, end_ids=[-1]).generate(between_spans(backbone), GenerationSettings(max_new_tokens=8))
+    assert list(got.token_ids) == expected
 
 
 def test_spread_slots_stand_at_their_places_and_the_text_goes_on_where_the_source_would_have_ended() -> None:

@@ -9,14 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.compressors.icae import ICAECompressor, ICAEConfig
+from ctxcomp_rag.compressors import compressor_class
+from ctxcomp_rag.compressors.icae import ICAEConfig
 from ctxcomp_rag.compressors.infinipot import InfiniPotCompressor, InfiniPotConfig
 from ctxcomp_rag.decoding import preroll
 from ctxcomp_rag.evaluation.bench.clock import cpu_seconds
@@ -72,9 +73,10 @@ class Offline:
         return self._store(span, spec, seconds, seconds / floor)
 
     @cached_property
-    def _icae(self) -> ICAECompressor:
+    def _icae(self) -> Any:
         config = ICAEConfig(slots="proportional", slot_positions="spread", segment_tokens=len(self.ids), delimiters=())
-        return ICAECompressor(self.backbone, config)
+        method: Any = compressor_class("icae")
+        return method(self.backbone, config)
 
     def infinipot(self, factor: int) -> Stored:
         """KV spans by InfiniPot with its default catalyst, which reads the text twice."""

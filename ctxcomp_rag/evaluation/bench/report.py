@@ -13,6 +13,7 @@ import torch
 
 from ctxcomp_rag.decoding import FrozenDecoder
 from ctxcomp_rag.evaluation.bench.clock import Timing, clocked
+from ctxcomp_rag.evaluation.bench.peers import PeerRow
 from ctxcomp_rag.evaluation.bench.rows import LIMIT, RAW, Row
 from ctxcomp_rag.evaluation.memory import peak_memory
 from ctxcomp_rag.evaluation.timing import cache_bytes
@@ -28,7 +29,7 @@ class RowResult:
         ttft_speedup, total_speedup: raw text's time over this row's.
         of_limit: the time to first token of the question alone over this row's; 1 is the limit.
         overhead: time to first token over that of the bare ideal, less 1; None for bare rows.
-        peak_bytes: most memory beyond what was there before the answer.
+        peak_bytes: most memory beyond what was there before the answer; None for another process.
         compress_of_floor: compressing over the bare forward pass.
     """
 
@@ -43,7 +44,7 @@ class RowResult:
     overhead: float | None
     assemble_ms: float | None
     kv_bytes: int
-    peak_bytes: int
+    peak_bytes: int | None
     bytes_per_chunk: float | None
     compress_tokens_per_s: float | None
     compress_of_floor: float | None
@@ -51,7 +52,7 @@ class RowResult:
     total_wall_s: float
 
 
-def measure(rows: Sequence[Row], decoder: FrozenDecoder, new_tokens: int, repeats: int,
+def measure(rows: Sequence[Row | PeerRow], decoder: FrozenDecoder, new_tokens: int, repeats: int,
             progress: Progress = lambda name: None) -> Iterator[list[RowResult]]:
     """Every row once a repeat, each beside its ideal; `RAW` and `LIMIT` have to be among them.
 
@@ -65,14 +66,13 @@ def measure(rows: Sequence[Row], decoder: FrozenDecoder, new_tokens: int, repeat
             progress(row.name)
             if row.ideal is not None:
                 ideals[row.name].append(clocked(row.ideal(), 1))
-            run = row.start()
             with peak_memory() as peak:
-                times[row.name].append(clocked(run, new_tokens))
+                times[row.name].append(row.timed(new_tokens))
             peaks[row.name] = max(peaks[row.name], peak.bytes)
         yield [_result(row, times, ideals[row.name], peaks[row.name], decoder) for row in rows]
 
 
-def _result(row: Row, times: Mapping[str, list[Timing]], ideals: list[Timing], peak: int,
+def _result(row: Row | PeerRow, times: Mapping[str, list[Timing]], ideals: list[Timing], peak: int,
             decoder: FrozenDecoder) -> RowResult:
     mine, raw, limit = times[row.name], times[RAW], times[LIMIT]
 
@@ -89,7 +89,8 @@ def _result(row: Row, times: Mapping[str, list[Timing]], ideals: list[Timing], p
         None if math.isnan(per_token) else 1000 * per_token,
         ratio(raw, mine, "ttft"), ratio(raw, mine, "total"), ratio(limit, mine, "ttft"),
         None if bare else ratio(mine, ideals, "ttft") - 1, None if bare else 1000 * median("assemble"),
-        cache_bytes(decoder, mine[0].positions + mine[0].new_tokens - 1), peak,
+        cache_bytes(decoder, mine[0].positions + mine[0].new_tokens - 1),
+        peak if row.in_process else None,
         stored.bytes_per_chunk if stored else None, stored.tokens_per_second if stored else None,
         stored.of_floor if stored else None, median("ttft_wall"), median("total_wall"))
 
@@ -111,7 +112,8 @@ def table(results: Sequence[RowResult]) -> str:
         lines.append(_line((
             r.row, str(r.positions), f"{r.ttft_s:.3f}", f"{r.total_s:.2f}", _shown(r.ms_per_token, ".0f"),
             f"{r.ttft_speedup:.2f}", f"{r.total_speedup:.2f}", f"{r.of_limit:.2f}", _shown(r.overhead, "+.1%"),
-            _shown(r.assemble_ms, ".1f"), f"{r.kv_bytes / 1e6:.1f}", f"{r.peak_bytes / 1e6:.0f}",
+            _shown(r.assemble_ms, ".1f"), f"{r.kv_bytes / 1e6:.1f}",
+            _shown(r.peak_bytes and r.peak_bytes / 1e6, ".0f"),
             _shown(r.bytes_per_chunk and r.bytes_per_chunk / 1e3, ".1f"), _shown(r.compress_tokens_per_s, ".0f"),
             _shown(r.compress_of_floor, ".2f"))))
     return "\n".join(lines)

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import torch
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding import FrozenDecoder, Part, PrerolledSpans, TokenIds, enclosed
 from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.evaluation.bench.clock import Timing, clocked
 from ctxcomp_rag.evaluation.bench.offline import Offline, Stored
 from ctxcomp_rag.evaluation.bench.runs import BareRun, PrefixRun, Run, SplicedRun, bare_cache, read_cache
 from ctxcomp_rag.evaluation.bench.workload import Workload
@@ -45,6 +46,11 @@ class Row:
     start: Callable[[], Run]
     ideal: Callable[[], Run] | None = None
     stored: Stored | None = None
+    in_process: ClassVar[bool] = True
+
+    def timed(self, new_tokens: int) -> Timing:
+        """One answer."""
+        return clocked(self.start(), new_tokens)
 
 
 @dataclass(eq=False)
@@ -119,6 +125,8 @@ class Rows:
         """What fetches the parts of a prompt, and whether its slots go through the decoder."""
         question = TokenIds(tuple(self._question))
         spec: SpanSpec = stored.index.spec
+        if kind != "soft":
+            _ = self.backbone.rope  # the model is asked once whether its keys can be moved
         if kind == "prerolled":
             hot = PrerolledSpans(self.backbone, spec, 2**32)
             for span in stored.spans():

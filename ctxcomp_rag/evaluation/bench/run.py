@@ -1,35 +1,67 @@
-"""From names of rows to results: loads the decoder, makes the spans, measures."""
+"""From names of rows to results: loads the decoder, makes the spans, starts the peers, measures."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ctxcomp_rag.decoding import FrozenDecoder
+from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.bench.clock import one_thread
+from ctxcomp_rag.evaluation.bench.peers import PEERS, start_peers
 from ctxcomp_rag.evaluation.bench.report import Progress, RowResult, measure
 from ctxcomp_rag.evaluation.bench.rows import LIMIT, RAW, Rows
-from ctxcomp_rag.evaluation.bench.shapes import load_shape
+from ctxcomp_rag.evaluation.bench.shapes import SHAPES, load_shape, shape_config
 from ctxcomp_rag.evaluation.bench.workload import Workload
 
 
-def run_rows(shape: str, names: Sequence[str], workload: Workload, repeats: int,
-             progress: Progress = lambda name: None) -> Iterator[list[RowResult]]:
+@dataclass(frozen=True, eq=False)
+class Results:
+    """What is known after `repeats` rounds.
+
+    Attributes:
+        peers: package versions of the peers that ran.
+        skipped: why the others did not.
+    """
+
+    repeats: int
+    rows: list[RowResult]
+    peers: Mapping[str, Mapping[str, str]]
+    skipped: Mapping[str, str]
+
+
+def run_rows(shape: str, names: Sequence[str], workload: Workload, repeats: int, *,
+             peers: Mapping[str, Path] | None = None, progress: Progress = lambda name: None) -> Iterator[Results]:
     """Measure the named rows beside raw text and the question alone, on one thread from here on.
 
     Yields the results so far after each repeat.
 
+    Args:
+        peers: name of a peer -> its interpreter. They read random weights of the shape.
+
     Raises:
-        InputError: no such row or shape.
+        InputError: no such row, shape or peer.
     """
     one_thread()
-    wanted = list(dict.fromkeys([RAW, *names, LIMIT]))
+    unknown = set(peers or {}) - set(PEERS)
+    if unknown or (peers and shape not in SHAPES):
+        raise InputError(f"expected a peer of {', '.join(PEERS)} and a shape of {', '.join(SHAPES)}, got "
+                         f"{', '.join(sorted(unknown)) or 'the model ' + shape}")
     backbone = load_shape(shape)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         makes = Rows(backbone, workload, Path(folder))
-        rows = []
-        for name in wanted:
+        rows: list[Any] = []
+        for name in dict.fromkeys([RAW, *names, LIMIT]):
             progress(f"make {name}")
             rows.append(makes.row(name))
-        yield from measure(rows, FrozenDecoder(backbone), workload.new_tokens, repeats, progress)
+        started, skipped = start_peers(peers or {}, shape_config(shape) if peers else {}, workload)
+        for peer in started:
+            running.enter_context(peer)
+        versions = {peer.name: peer.versions for peer in started}
+        measured = measure([*rows, *started], FrozenDecoder(backbone), workload.new_tokens, repeats, progress)
+        for done, results in enumerate(measured, 1):
+            yield Results(done, results, versions, skipped)
