@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -23,16 +22,25 @@ class Setting(StrEnum):
 
 
 def evaluate(
-    task: Annotated[str, typer.Option(help="home (generated documents), squad, hotpotqa, or jsonl: your own questions, "
-                                      "lines of question, answer(s), context.")] = "home",
-    data: Annotated[Path | None, typer.Option(help="The task's file, or the folder it is in; home needs none.")] = None,
+    task: Annotated[str, typer.Option(help="home (generated documents), squad, hotpotqa, triviaqa, nq, gsm8k, sst2, "
+                                      "wsc, needle, reconstruction, summarisation, perplexity, or jsonl: your own "
+                                      "questions, lines of question, answer(s), context.")] = "home",
+    data: Annotated[Path | None, typer.Option(help="The task's file, the folder it is in, or for tasks of the Hugging "
+                                              "Face hub an id; home and needle need none.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Questions, drawn by the seed.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the questions and of the confidence intervals.")] = 1,
     setting: Annotated[Setting, typer.Option(help="Give the chunks that hold the answer, the retrieved ones, or both "
                                              "in turn.")] = Setting.both,
     factor: Annotated[list[float] | None, typer.Option(help="Source tokens per slot; may be repeated (default: 4, 8, "
                                                        "16, as far as the compressor can make them).")] = None,
-    compressor: Annotated[str, typer.Option(help="Method name, or folder of a saved compressor.")] = "icae",
+    compressor: Annotated[list[str] | None, typer.Option(help="Method name, or folder of a saved compressor (default: "
+                                                         "icae); may be repeated, rows of further ones begin with "
+                                                         "their name.")] = None,
+    codec: Annotated[list[str] | None, typer.Option(help="Also spans stored in fewer bytes: int8, fp8, int4, rotated4, "
+                                                    "rotated3, rotated2; may be repeated.")] = None,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Also the best chunk as text, the others as spans.")] = False,
+    llmlingua: Annotated[str | None, typer.Option(help="Also text of which this LLMLingua-2 model (a folder or hub id) "
+                                                  "keeps the words that matter.")] = None,
     model: Model = "embedded",
     top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Write the result, with every answer, to this JSON file.")] = None,
@@ -40,17 +48,23 @@ def evaluate(
 ) -> None:
     """Score full text, spans, truncated text and no context on the same questions and the same hits."""
     from ctxcomp_rag.backbone import load_frozen
+    from ctxcomp_rag.evaluation.extractive import LLMLingua2
     from ctxcomp_rag.evaluation.provenance import provenance, write_result
     from ctxcomp_rag.evaluation.run import SETTINGS, run_task
-    from ctxcomp_rag.evaluation.systems import default_systems, possible_factors
+    from ctxcomp_rag.evaluation.systems import default_systems, further_systems, possible_factors
     from ctxcomp_rag.evaluation.tasks import task_named
     from ctxcomp_rag.pipeline import load_trained_compressor
     from ctxcomp_rag.retrieval import load_retrieval_encoder
 
     posed = task_named(task).load(data, limit, seed)
     quiet()
-    maker = load_trained_compressor(compressor, load_frozen(model))
-    systems = default_systems(factor or possible_factors(maker))
+    backbone = load_frozen(model)
+    named = {Path(name).name: load_trained_compressor(name, backbone) for name in compressor or ["icae"]}
+    maker, *_ = named.values()
+    factors = factor or possible_factors(maker)
+    systems = default_systems(factors) + further_systems(
+        {name: made for name, made in named.items() if made is not maker}, factors, codecs=codec or (), mixed=mixed,
+        extractor=LLMLingua2(llmlingua) if llmlingua else None)
     chosen = SETTINGS if setting is Setting.both else (setting.value,)
     with tqdm(desc="eval", unit="answer", file=sys.stderr, disable=None) as bar:
         def advance(what: str, answered: int) -> None:
@@ -59,7 +73,7 @@ def evaluate(
 
         result = run_task(posed, maker, load_retrieval_encoder(), settings=chosen, systems=systems, top_k=top_k,
                           seed=seed, progress=advance)
-    report = {"task": task, "seed": seed, "top_k": top_k, **asdict(result)}
+    report = {"task": task, "seed": seed, "top_k": top_k, **result.to_json()}
     if out is not None:
         write_result(out, report)
     if as_json:
@@ -68,13 +82,15 @@ def evaluate(
     recall = result.retrieval_recall
     to_out.print(f"{task}: {result.questions} questions, {result.documents} documents, {result.chunks} chunks"
                  + ("" if recall is None else f", answer among the retrieved chunks: {recall:g} %"))
-    to_out.print(f"{'setting':10} {'system':14} {'EM':>6} {'95 %':>14} {'F1':>6} {'of text':>8} {'positions':>10} "
-                 f"{'1st token':>10}")
+    measures = list(result.rows[0].scores)
+    to_out.print(f"{'setting':10} {'system':18} " + " ".join(f"{m:>10} {'95 %':>12}" for m in measures)
+                 + f" {'of text':>8} {'positions':>10} {'1st token':>10} {'whole':>10} {'index B/token':>13}")
     for r in result.rows:
+        scores = " ".join(f"{r.scores[m]:10.1f} {'{:.1f}-{:.1f}'.format(*r.intervals[m]):>12}" for m in measures)
         kept = "-" if r.of_full_text is None else f"{r.of_full_text:.0f} %"
-        wait = "-" if r.first_token_ms is None else f"{r.first_token_ms:.1f} ms"
-        to_out.print(f"{r.setting:10} {r.system:14} {r.em:6.1f} {f'{r.em_interval[0]:.1f}-{r.em_interval[1]:.1f}':>14} "
-                     f"{r.f1:6.1f} {kept:>8} {r.positions:10.1f} {wait:>10}"
+        waits = " ".join("-".rjust(10) if t is None else f"{t:7.1f} ms" for t in (r.first_token_ms, r.total_ms))
+        stored = "-" if r.index_bytes is None else f"{r.index_bytes:g}"
+        to_out.print(f"{r.setting:10} {r.system:18} {scores} {kept:>8} {r.positions:10.1f} {waits} {stored:>13}"
                      + (f"  ({r.too_long} prompts do not fit the window)" if r.too_long else ""))
 
 

@@ -6,8 +6,13 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
+_WORD = re.compile(r"\w[\w'-]*")
+_NAME = re.compile(r"(?<=[\w,;] )[A-Z]\w[\w'-]*")  # a capital at the beginning of a sentence says nothing
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -32,6 +37,33 @@ def _f1(prediction: list[str], reference: list[str]) -> float:
         return 0.0
     precision, recall = common / len(prediction), common / len(reference)
     return 2 * precision * recall / (precision + recall)
+
+
+def rouge(prediction: str, references: Sequence[str], kind: str) -> float:
+    """Best ROUGE F-measure of `kind` ("rouge1", "rouge2", "rougeL") by rouge-score, stemmed; needs the `eval` extra."""
+    return max((score[kind].fmeasure for score in (_rouge_scorer().score(r, prediction) for r in references)),
+               default=0.0)
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+
+
+def numbers_kept(prediction: str, references: Sequence[str]) -> float | None:
+    """Share of the first reference's numbers that the prediction has exactly, each as often; None without numbers."""
+    return _kept(_NUMBER.findall(prediction), _NUMBER.findall(references[0]))
+
+
+def names_kept(prediction: str, references: Sequence[str]) -> float | None:
+    """Share of the capitalised words inside sentences of the first reference that the prediction has exactly."""
+    return _kept(_WORD.findall(prediction), _NAME.findall(references[0]))
+
+
+def _kept(found: Sequence[str], wanted: Sequence[str]) -> float | None:
+    return (Counter(found) & Counter(wanted)).total() / len(wanted) if wanted else None
 
 
 def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:

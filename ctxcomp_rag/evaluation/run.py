@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,60 +15,82 @@ from ctxcomp_rag.chunking import Chunk, split_document
 from ctxcomp_rag.compressors import Compressor
 from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings
 from ctxcomp_rag.errors import InputError
-from ctxcomp_rag.evaluation.metrics import exact_match, mean, token_f1
+from ctxcomp_rag.evaluation.metrics import mean
+from ctxcomp_rag.evaluation.scoring import Scored, interval, score
 from ctxcomp_rag.evaluation.systems import Comparison, Question, System, default_systems
 from ctxcomp_rag.evaluation.tasks import Asked, TaskData
-from ctxcomp_rag.evaluation.timing import cache_bytes, time_to_first_token
+from ctxcomp_rag.evaluation.timing import cache_bytes, time_to_answer, time_to_first_token
 from ctxcomp_rag.retrieval import RetrievalEncoder, embed_texts
 
 SETTINGS = ("oracle", "retrieved")
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Row:
-    """One system in one setting. Scores are per cent, with 95 % bootstrap intervals over the questions.
+    """One system in one setting.
 
     Attributes:
-        of_full_text: share of the full text's F1 that is kept, per cent; None where that is 0.
+        factor: of the system's spans or of what it imitates; None where it has none.
+        scores: by measure, per cent (perplexity as it is), with their 95 % bootstrap intervals over the questions.
+        of_full_text: share of the full text's last measure that is kept, per cent; None where that is 0.
+        cache_bytes: keys and values of the mean prompt.
+        first_token_ms, total_ms: median time from prompt parts to the first token, and to the end of the answer, over
+            a sample, one question at a time.
+        answers_per_second: in batches, compression not counted.
+        index_bytes: stored per source token of what the system reads.
+        docs_per_second: chunks compressed per second; None where it was done for an earlier row.
         too_long: questions whose prompt does not fit the decoder's window; they count as wrong.
-        first_token_ms: median time from prompt parts to the first token, over a sample.
     """
 
     setting: str
     system: str
-    em: float
-    em_interval: tuple[float, float]
-    f1: float
-    f1_interval: tuple[float, float]
+    factor: float | None
+    scores: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
     of_full_text: float | None
     positions: float
     cache_bytes: int
     first_token_ms: float | None
+    total_ms: float | None
+    answers_per_second: float | None
+    index_bytes: float | None
+    docs_per_second: float | None
     too_long: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields in one object, a measure as `f1` and its interval as `f1_interval`."""
+        fields = asdict(self)
+        scores, intervals = fields.pop("scores"), fields.pop("intervals")
+        head = {k: fields.pop(k) for k in ("setting", "system", "factor")}
+        measured = {k: v for m in scores for k, v in ((m, scores[m]), (f"{m}_interval", intervals[m]))}
+        return {**head, **measured, **fields}
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """All rows of a run, what retrieval found, and the answers themselves."""
+    """All rows of a run, what retrieval found, and the answers themselves (by setting/system)."""
 
     rows: tuple[Row, ...]
     retrieval_recall: float | None
     questions: int
     documents: int
     chunks: int
-    answers: tuple[dict[str, str], ...]
+    answers: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, JSON-ready."""
+        return {**asdict(self), "rows": [row.to_json() for row in self.rows]}
 
 
 def run_task(data: TaskData, compressor: Compressor, encoder: RetrievalEncoder, *,
              settings: Sequence[str] = SETTINGS, systems: Sequence[System] | None = None, top_k: int = 3,
-             timed: int = 10, seed: int = 0, max_new_tokens: int = 24,
-             progress: Callable[[str, int], None] | None = None) -> TaskResult:
+             timed: int = 10, seed: int = 0, progress: Callable[[str, int], None] | None = None) -> TaskResult:
     """Ask every system every question.
 
     Args:
-        settings: "oracle" gives the chunks that hold the answer, "retrieved" the `top_k` nearest ones.
-        timed: questions whose time to first token is measured; 0 for none.
+        settings: "oracle" gives the chunks that hold the answer, "retrieved" the `top_k` nearest ones; a task that asks
+            for no answer has the first only.
+        timed: questions whose times are measured; 0 for none.
         progress: called with (setting/system, questions answered).
     """
     unknown = set(settings) - set(SETTINGS)
@@ -74,68 +99,128 @@ def run_task(data: TaskData, compressor: Compressor, encoder: RetrievalEncoder, 
     if not data.asked:
         raise InputError("the task has no questions")
     systems = list(systems or default_systems())
-    chunks = [c for d in data.documents
-              for c in split_document(d, compressor.backbone.tokenizer, max_tokens=compressor.max_chunk_tokens)]
+    # no chunk is longer than what every compressor was made for
+    limit = min(c.max_chunk_tokens for c in (compressor, *(s.compressor for s in systems if s.compressor)))
+    chunks = [c for d in data.documents for c in split_document(d, compressor.backbone.tokenizer, max_tokens=limit)]
+    comparison = Comparison(compressor, FrozenDecoder(compressor.backbone),
+                            GenerationSettings(max_new_tokens=data.answer_tokens))
+    given = _posed(data, chunks, encoder, settings, top_k)
+    asked = next(iter(given.values()))
+    answers: list[dict[str, Any]] = [{"question": q.text, "expected": list(q.answers)} for q in asked]
+    if data.ask == "question":
+        answers = [{**a, **q.about} for a, q in zip(answers, data.asked, strict=True)]
+    rows: list[Row] = []
+    for setting, posed in given.items():
+        full: float | None = None
+        for system in systems:
+            if (system.kind == "none" and setting != next(iter(given))) or (
+                    data.ask == "repeat" and system.kind != "spans"):
+                continue  # nothing to read does not depend on the setting; only spans are read out
+            label = f"{setting}/{system.name}"
+            asking = _Asking(comparison, system, posed, data, seed,
+                             lambda n, name=label: progress(name, n) if progress else None)  # type: ignore[misc]
+            row, said = asking.row(setting, full, timed)
+            if system.kind == "text":
+                full = row.scores.get(data.measures[-1])
+            for answer, text in zip(answers, said, strict=True):
+                answer[label] = text
+            rows.append(row)
+    recall = None
+    if "retrieved" in given:
+        recall = round(100 * mean([float(any(a.lower() in c.text.lower() for a in q.answers for c in q.chunks))
+                                   for q in given["retrieved"]]), 1)
+    return TaskResult(tuple(rows), recall, len(asked), len(data.documents), len(chunks), tuple(answers))
+
+
+class _Asking:
+    """One system and the questions of one setting."""
+
+    def __init__(self, comparison: Comparison, system: System, posed: Sequence[Question], data: TaskData, seed: int,
+                 progress: Callable[[int], None]) -> None:
+        self.comparison, self.system, self.data, self.seed = comparison, system, data, seed
+        self.posed, self.progress = posed, progress
+        comparison.prepare(system, posed)
+        self.fitting = {i for i, q in enumerate(posed) if self._fits(q)}
+
+    def row(self, setting: str, full: float | None, timed: int) -> tuple[Row, list[str]]:
+        """(the system's row, its answers); `full` is the full text's last measure, None for that itself."""
+        comparison, system = self.comparison, self.system
+        scored, said, positions, rate = self._continued() if self.data.ask == "continue" else self._answered()
+        last = scored[self.data.measures[-1]][0]
+        full = last if system.kind == "text" else full
+        kept = round(100 * last / full, 1) if full and self.data.ask == "question" else None
+        sample = [self.posed[i] for i in sorted(self.fitting)[:timed]] if self.data.ask == "question" else []
+        prompts = [comparison.prompt(system, q) for q in sample]
+        first = [time_to_first_token(comparison.decoder, {"": p}, repeats=3)[""] for p in prompts]
+        total = [time_to_answer(comparison.decoder, {"": p}, comparison.settings, repeats=1)[""] for p in prompts]
+        chunks = list({c.id: c for q in self.posed for c in q.chunks}.values())
+        stored = comparison.index_bytes(system, chunks) if chunks else None
+        work = comparison.work.pop(system.name, None)
+        where = round(mean(positions), 1)
+        return Row(
+            setting, system.name, None if system.kind in ("none", "text") else system.factor,
+            {m: v for m, (v, _) in scored.items()}, {m: i for m, (_, i) in scored.items()}, kept, where,
+            cache_bytes(comparison.decoder, round(where)), _milliseconds(first), _milliseconds(total), rate,
+            round(stored, 1) if stored is not None else None,
+            round(work.chunks / work.seconds, 1) if work and work.seconds else None,
+            len(self.posed) - len(self.fitting)), said
+
+    def _answered(self) -> tuple[dict[str, Scored], list[str], list[float], float | None]:
+        order = sorted(self.fitting)
+        begin = time.perf_counter()
+        made = self.comparison.ask(self.system, [self.posed[i] for i in order], self.progress)
+        seconds = time.perf_counter() - begin
+        texts = dict(zip(order, (self.data.final(g.text) for g in made), strict=True))
+        said = [texts.get(i, "") for i in range(len(self.posed))]
+        references = [q.answers for q in self.posed]
+        scored = {m: score(m, said, references, self.seed) for m in self.data.measures}
+        rate = round(len(made) / seconds, 2) if made else None
+        return scored, said, [float(g.usage.positions) for g in made], rate
+
+    def _continued(self) -> tuple[dict[str, Scored], list[str], list[float], float | None]:
+        losses, positions = [], []
+        for i in sorted(self.fitting):
+            nats, tokens = self.comparison.loss(self.system, self.posed[i])
+            losses.append(nats / tokens)
+            prompt = self.comparison.prompt(self.system, self.posed[i])
+            positions.append(float(self.comparison.decoder.splice(prompt).usage.positions) if prompt else 0.0)
+            self.progress(1)
+        if not losses:
+            raise InputError(f"no text and its continuation fit the decoder's window as {self.system.name}; "
+                             "use shorter texts")
+        low, high = (round(math.exp(v), 2) for v in interval(losses, self.seed, digits=6))
+        return {"perplexity": (round(math.exp(mean(losses)), 2), (low, high))}, [""] * len(self.posed), positions, None
+
+    def _fits(self, question: Question) -> bool:
+        parts = self.comparison.prompt(self.system, question)
+        room = self.comparison.decoder.backbone.max_positions
+        if question.ask == "continue":
+            room -= len(self.comparison.decoder.backbone.tokenizer.encode(question.answers[0]))
+        try:
+            return not parts or self.comparison.decoder.splice(parts).usage.positions <= room
+        except InputError:
+            return False
+
+
+def _posed(data: TaskData, chunks: Sequence[Chunk], encoder: RetrievalEncoder, settings: Sequence[str],
+           top_k: int) -> dict[str, list[Question]]:
+    """The questions with what each setting gives for them."""
+    if data.ask == "repeat":
+        return {"oracle": [Question("", (c.text,), (c,), "repeat") for c in chunks]}
     of_document: dict[str, list[Chunk]] = {}
     for chunk in chunks:
         of_document.setdefault(chunk.document_id, []).append(chunk)
-    given = {"oracle": [_oracle(q, of_document) for q in data.asked]} if "oracle" in settings else {}
-    if "retrieved" in settings:
+    given = {}
+    if "oracle" in settings or data.ask == "continue":
+        given["oracle"] = [_oracle(q, of_document) for q in data.asked]
+    if "retrieved" in settings and data.ask == "question":
         given["retrieved"] = _retrieved(data.asked, chunks, of_document, encoder, top_k)
-    comparison = Comparison(compressor, FrozenDecoder(compressor.backbone),
-                            GenerationSettings(max_new_tokens=max_new_tokens))
-    rows: list[Row] = []
-    answers: list[dict[str, str]] = [{"question": q.question, "expected": q.answers[0]} for q in data.asked]
-    for setting, contexts in given.items():
-        posed = [Question(q.question, q.answers, c) for q, c in zip(data.asked, contexts, strict=True)]
-        full: float | None = None
-        for system in systems:
-            if system.kind == "none" and setting != settings[0]:
-                continue  # it does not depend on the setting
-            label = f"{setting}/{system.name}"
-            said, positions, too_long = _ask(comparison, system, posed,
-                                             lambda n, name=label: progress(name, n) if progress else None)  # type: ignore[misc]
-            for answer, text in zip(answers, said, strict=True):
-                answer[label] = text
-            em = [100 * exact_match(t, q.answers) for t, q in zip(said, posed, strict=True)]
-            f1 = [100 * token_f1(t, q.answers) for t, q in zip(said, posed, strict=True)]
-            full = mean(f1) if system.kind == "text" else full
-            times = [time_to_first_token(comparison.decoder, {"": comparison.prompt(system, q)}, repeats=3)[""]
-                     for q in posed[:timed] if _fits(comparison, system, q)]
-            rows.append(Row(
-                setting, system.name, round(mean(em), 1), interval(em, seed), round(mean(f1), 1), interval(f1, seed),
-                round(100 * mean(f1) / full, 1) if full else None, round(mean(positions), 1),
-                cache_bytes(comparison.decoder, round(mean(positions))),
-                round(1000 * statistics.median(times), 2) if times else None, too_long))
-    recall = None
-    if "retrieved" in given:
-        recall = round(100 * mean([float(_states(q, hits)) for q, hits in
-                                   zip(data.asked, given["retrieved"], strict=True)]), 1)
-    return TaskResult(tuple(rows), recall, len(data.asked), len(data.documents), len(chunks), tuple(answers))
+    return {setting: [Question(q.question, q.answers, c, data.ask) for q, c in zip(data.asked, contexts, strict=True)]
+            for setting, contexts in given.items()}
 
 
-def interval(scores: Sequence[float], seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean."""
-    drawn = np.random.default_rng(seed).integers(0, len(scores), (_RESAMPLES, len(scores)))
-    low, high = np.percentile(np.asarray(scores)[drawn].mean(axis=1), [2.5, 97.5])
-    return round(float(low), 1), round(float(high), 1)
-
-
-def _ask(comparison: Comparison, system: System, posed: Sequence[Question], progress: Callable[[int], None]
-         ) -> tuple[list[str], list[float], int]:
-    fitting = [i for i, q in enumerate(posed) if _fits(comparison, system, q)]
-    made = comparison.ask(system, [posed[i] for i in fitting], progress)
-    said = dict(zip(fitting, (g.text.strip() for g in made), strict=True))
-    return ([said.get(i, "") for i in range(len(posed))], [float(g.usage.positions) for g in made],
-            len(posed) - len(fitting))
-
-
-def _fits(comparison: Comparison, system: System, question: Question) -> bool:
-    try:
-        comparison.decoder.splice(comparison.prompt(system, question))
-    except InputError:
-        return False
-    return True
+def _milliseconds(seconds: Sequence[float]) -> float | None:
+    return round(1000 * statistics.median(seconds), 2) if seconds else None
 
 
 def _oracle(asked: Asked, of_document: dict[str, list[Chunk]]) -> tuple[Chunk, ...]:
@@ -161,9 +246,3 @@ def _retrieved(asked: Sequence[Asked], chunks: Sequence[Chunk], of_document: dic
         hits.append(tuple(chunks[i] for i in best))
     return hits
 
-
-def _states(asked: Asked, hits: Sequence[Chunk]) -> bool:
-    return any(a.lower() in c.text.lower() for a in asked.answers for c in hits)
-
-
-__all__ = ["SETTINGS", "Row", "TaskResult", "interval", "run_task"]

@@ -2,35 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors import Compressor
-from ctxcomp_rag.decoding import FrozenDecoder, Generation, GenerationSettings, Part, enclosed, preroll
+from ctxcomp_rag.decoding import (
+    FrozenDecoder,
+    Generation,
+    GenerationSettings,
+    Part,
+    TokenIds,
+    enclosed,
+    preroll,
+    reconstruction_prompt,
+)
 from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.index.rows import span_from_bytes, span_to_bytes
 from ctxcomp_rag.pipeline import prompt_parts, truncated_part
 from ctxcomp_rag.spans import MemorySpan
 
 _BATCH = 16
+_SLACK = 8  # tokens that a repeated text may be longer than the text
+_LATENT = ("spans", "prerolled", "mixed")
+
+
+Ask = Literal["question", "repeat", "continue"]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its accepted answers, and the chunks that a system is given for it, in prompt order."""
+    """A question, its accepted answers, and the chunks that a system is given for it, in prompt order.
+
+    Attributes:
+        ask: "repeat" asks for the text of the one chunk instead, "continue" for what follows the chunks, outside any
+            chat; both have no question.
+    """
 
     text: str
     answers: tuple[str, ...]
     chunks: tuple[Chunk, ...]
+    ask: Ask = "question"
 
 
 @dataclass(frozen=True)
 class System:
-    """One row of the table; `factor` is the spans' or, for "truncated", the factor whose positions are copied."""
+    """One row of the table.
+
+    Attributes:
+        kind: "text", "spans", "prerolled" (spans kept as keys and values), "truncated" (text cut to the positions of
+            spans), "mixed" (the first chunk as text, the others as spans), "extractive" (text of which an extractor
+            has kept words) or "none".
+        factor: source tokens per slot; of what "truncated" and "extractive" imitate.
+        compressor: of the spans; None for the comparison's own.
+        codec: how the spans are stored before they are read.
+        extractor: (text, factor) -> shorter text.
+    """
 
     name: str
-    kind: str  # "text", "spans", "prerolled" (spans kept as keys and values), "truncated" or "none"
+    kind: str
     factor: float = 1.0
+    compressor: Compressor | None = field(default=None, compare=False)
+    codec: str = "exact"
+    extractor: Callable[[str, float], str] | None = field(default=None, compare=False)
+
+
+@dataclass
+class Work:
+    """What making the spans of a system took."""
+
+    chunks: int = 0
+    seconds: float = 0.0
 
 
 def default_systems(factors: Sequence[float] = (4, 8, 16)) -> list[System]:
@@ -38,6 +84,24 @@ def default_systems(factors: Sequence[float] = (4, 8, 16)) -> list[System]:
     spans = [System(f"{f:g}x", "spans", f) for f in factors]
     truncated = System(f"truncated_{factors[0]:g}x", "truncated", factors[0])
     return [System("full_text", "text"), *spans, truncated, System("no_context", "none")]
+
+
+def further_systems(compressors: Mapping[str, Compressor], factors: Sequence[float], *, codecs: Sequence[str] = (),
+                    mixed: bool = False, extractor: Callable[[str, float], str] | None = None) -> list[System]:
+    """Systems beside the default ones.
+
+    Args:
+        compressors: further ones, by the name that stands before their factors; those of `factors` that each can make.
+        codecs: of the default spans at the first factor.
+        mixed: the best chunk as text and the others as spans, at the first factor.
+        extractor: gives the texts at every factor.
+    """
+    first = factors[0]
+    return [*(System(f"{name}_{f:g}x", "spans", f, made) for name, made in compressors.items()
+              for f in possible_factors(made, factors)),
+            *(System(f"{first:g}x_{codec}", "spans", first, codec=codec) for codec in codecs),
+            *([System(f"mixed_{first:g}x", "mixed", first)] if mixed else []),
+            *(System(f"extractive_{f:g}x", "extractive", f, extractor=extractor) for f in factors if extractor)]
 
 
 def possible_factors(compressor: Compressor, wanted: Sequence[float] = (4, 8, 16)) -> list[float]:
@@ -57,50 +121,125 @@ PREROLLED = System("4x_prerolled", "prerolled", 4.0)
 
 
 class Comparison:
-    """Asks every system the same questions; spans are compressed once for each factor."""
+    """Asks every system the same questions; spans are compressed once for each compressor and factor.
+
+    Attributes:
+        work: what each system's spans, or extracted texts, took to make, by the system's name.
+    """
 
     def __init__(self, compressor: Compressor, decoder: FrozenDecoder,
                  settings: GenerationSettings | None = None) -> None:
         self.compressor, self.decoder = compressor, decoder
         self.settings = settings or GenerationSettings(max_new_tokens=24)
-        self._spans: dict[tuple[str, float], MemorySpan] = {}
+        self.work: dict[str, Work] = {}
+        self._spans: dict[tuple[int, str, float, str], MemorySpan] = {}
+        self._texts: dict[tuple[str, str], str] = {}
+        self._contents: dict[str, Callable[[System, Sequence[Chunk]], list[list[Part]]]] = {
+            "text": lambda _, chunks: [[c.text] for c in chunks],
+            "spans": self._as_spans, "prerolled": self._as_prerolled, "mixed": self._as_mixed,
+            "truncated": self._as_truncated, "extractive": self._as_extracts, "none": lambda _, chunks: [],
+        }
 
     def spans(self, chunks: Sequence[Chunk], factor: float) -> list[MemorySpan]:
-        """Spans of the chunks at a factor, from memory where they were made before."""
-        new = list({c.id: c for c in chunks if (c.id, factor) not in self._spans}.values())
-        for chunk, span in zip(new, self.compressor.compress(new, compression_factor=factor) if new else [],
-                               strict=True):
-            self._spans[chunk.id, factor] = span
-        return [self._spans[c.id, factor] for c in chunks]
+        """Spans of the comparison's compressor at a factor, from memory where they were made before."""
+        return self._made(System(f"{factor:g}x", "spans", factor), chunks)
+
+    def prepare(self, system: System, questions: Sequence[Question]) -> None:
+        """Make all the spans that a system needs, in batches."""
+        if system.kind in (*_LATENT, "truncated"):
+            self._made(system, [c for q in questions for c in q.chunks])
+
+    def _made(self, system: System, chunks: Sequence[Chunk]) -> list[MemorySpan]:
+        maker = system.compressor or self.compressor
+        known = self._spans
+
+        def key(chunk: Chunk, codec: str) -> tuple[int, str, float, str]:
+            return id(maker), chunk.id, system.factor, codec
+
+        new = list({c.id: c for c in chunks if key(c, "exact") not in known}.values())
+        begin = time.perf_counter()
+        for chunk, span in zip(new, maker.compress(new, compression_factor=system.factor) if new else [], strict=True):
+            known[key(chunk, "exact")] = span
+        seconds = time.perf_counter() - begin
+        for chunk in {c.id: c for c in chunks if key(c, system.codec) not in known}.values():
+            known[key(chunk, system.codec)] = span_from_bytes(span_to_bytes(known[key(chunk, "exact")], system.codec))
+        if new:
+            work = self.work.setdefault(system.name, Work())
+            work.chunks += len(new)
+            work.seconds += seconds
+        return [known[key(c, system.codec)] for c in chunks]
+
+    def index_bytes(self, system: System, chunks: Sequence[Chunk]) -> float | None:
+        """Bytes per source token that an index keeps for a system to read; None where it reads nothing of its own."""
+        tokens = sum(c.num_tokens for c in chunks)
+        if system.kind in ("text", "extractive"):
+            texts = [self._extract(system, c) if system.kind == "extractive" else c.text for c in chunks]
+            return sum(len(t.encode()) for t in texts) / tokens
+        if system.kind not in ("spans", "mixed"):
+            return None
+        exact = self._made(replace(system, codec="exact"), chunks)
+        return sum(len(span_to_bytes(s, system.codec)) for s in exact) / tokens
 
     def prompt(self, system: System, question: Question) -> list[Part]:
         """The prompt that a system sees."""
-        chunks = question.chunks
-        contents: list[list[Part]] = []
-        if system.kind == "text":
-            contents = [[c.text] for c in chunks]
-        elif system.kind == "spans":
-            contents = [enclosed(s, self.compressor.spec) for s in self.spans(chunks, system.factor)]
-        elif system.kind == "prerolled":
-            spec, backbone = self.compressor.spec, self.decoder.backbone
-            contents = [[preroll(s, spec, backbone)] for s in self.spans(chunks, system.factor)]
-        elif system.kind == "truncated":
-            slots = [s.num_slots for s in self.spans(chunks, system.factor)]
-            contents = [[truncated_part(self.decoder.backbone, c, n)] for c, n in zip(chunks, slots, strict=True)]
-        of_spans = self.compressor.spec if system.kind in ("spans", "prerolled") else None
-        return prompt_parts(self.decoder.backbone, question.text, contents, of_spans)
+        spec = (system.compressor or self.compressor).spec if system.kind in _LATENT else None
+        if question.ask == "repeat":
+            assert spec is not None
+            return reconstruction_prompt(self._made(system, question.chunks)[0], spec)
+        contents = self._contents[system.kind](system, question.chunks)
+        if question.ask == "continue":
+            return [part for content in contents for part in content]
+        return prompt_parts(self.decoder.backbone, question.text, contents, spec)
+
+    def _as_spans(self, system: System, chunks: Sequence[Chunk]) -> list[list[Part]]:
+        spec = (system.compressor or self.compressor).spec
+        return [enclosed(s, spec) for s in self._made(system, chunks)]
+
+    def _as_prerolled(self, system: System, chunks: Sequence[Chunk]) -> list[list[Part]]:
+        return [[preroll(s, self.compressor.spec, self.decoder.backbone)] for s in self._made(system, chunks)]
+
+    def _as_mixed(self, system: System, chunks: Sequence[Chunk]) -> list[list[Part]]:
+        return [*([c.text] for c in chunks[:1]), *self._as_spans(system, chunks[1:])]
+
+    def _as_truncated(self, system: System, chunks: Sequence[Chunk]) -> list[list[Part]]:
+        slots = [s.num_slots for s in self._made(system, chunks)]
+        return [[truncated_part(self.decoder.backbone, c, n)] for c, n in zip(chunks, slots, strict=True)]
+
+    def _as_extracts(self, system: System, chunks: Sequence[Chunk]) -> list[list[Part]]:
+        return [[self._extract(system, c)] for c in chunks]
+
+    def _extract(self, system: System, chunk: Chunk) -> str:
+        if system.extractor is None:
+            raise InputError(f"the system {system.name!r} has no extractor; pass one, such as LLMLingua2(model)")
+        key = system.name, chunk.id
+        if key not in self._texts:
+            begin = time.perf_counter()
+            self._texts[key] = system.extractor(chunk.text, system.factor)
+            work = self.work.setdefault(system.name, Work())
+            work.chunks += 1
+            work.seconds += time.perf_counter() - begin
+        return self._texts[key]
 
     def ask(self, system: System, questions: Sequence[Question],
             progress: Callable[[int], None] | None = None) -> list[Generation]:
-        """Answers of one system, in the questions' order."""
-        if system.kind not in ("text", "none"):
-            self.spans([c for q in questions for c in q.chunks], system.factor)
+        """Answers of one system, in the questions' order; a text is repeated to its length."""
+        self.prepare(system, questions)
         order = sorted(range(len(questions)), key=lambda i: sum(c.num_tokens for c in questions[i].chunks))
         answers: dict[int, Generation] = {}
         for begin in range(0, len(order), _BATCH):
             batch = order[begin : begin + _BATCH]
-            made = self.decoder.batch([self.prompt(system, questions[i]) for i in batch], self.settings)
+            repeated = [c.num_tokens for i in batch for c in questions[i].chunks if questions[i].ask == "repeat"]
+            settings = replace(self.settings, max_new_tokens=max(repeated) + _SLACK) if repeated else self.settings
+            made = self.decoder.batch([self.prompt(system, questions[i]) for i in batch], settings)
             answers.update(zip(batch, made, strict=True))
             if progress:
                 progress(len(batch))
         return [answers[i] for i in range(len(questions))]
+
+    def loss(self, system: System, question: Question) -> tuple[float, int]:
+        """(nats of the first answer after the prompt, its tokens)."""
+        ids = self.decoder.backbone.tokenizer.encode(question.answers[0])
+        logits = self.decoder.logits([*self.prompt(system, question), TokenIds(tuple(ids))])[-len(ids) - 1 : -1]
+        # without anything before it, the first token is given
+        told = torch.tensor(ids[len(ids) - len(logits) :], device=logits.device)
+        return float(torch.nn.functional.cross_entropy(logits.float(), told, reduction="sum")), len(told)

@@ -18,11 +18,17 @@ def time_to_first_token(decoder: FrozenDecoder, prompts: Mapping[str, Sequence[P
     Args:
         prompts: by name, the parts, or what fetches them (from an index, say) and is timed too.
     """
+    return time_to_answer(decoder, prompts, _ONE_TOKEN, repeats=repeats)
+
+
+def time_to_answer(decoder: FrozenDecoder, prompts: Mapping[str, Sequence[Part] | Callable[[], Sequence[Part]]],
+                   settings: GenerationSettings, *, repeats: int = 7) -> dict[str, float]:
+    """Like `time_to_first_token`, to the end of the answer."""
     times: dict[str, list[float]] = {name: [] for name in prompts}
     for repeat in range(repeats + 1):
         for name, parts in prompts.items():
             begin = time.perf_counter()
-            decoder.generate(parts() if callable(parts) else parts, _ONE_TOKEN)
+            decoder.generate(parts() if callable(parts) else parts, settings)
             if repeat:  # the first round warms caches up
                 times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(values) for name, values in times.items()}

@@ -4,12 +4,22 @@ from difflib import get_close_matches
 
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.tasks.base import Asked, Task, TaskData
+from ctxcomp_rag.evaluation.tasks.gsm8k import GSM8K
 from ctxcomp_rag.evaluation.tasks.home import Home
 from ctxcomp_rag.evaluation.tasks.hotpotqa import HotpotQA
 from ctxcomp_rag.evaluation.tasks.jsonl import JsonLines
+from ctxcomp_rag.evaluation.tasks.needle import Needle
+from ctxcomp_rag.evaluation.tasks.nq import NaturalQuestions
 from ctxcomp_rag.evaluation.tasks.squad import Squad
+from ctxcomp_rag.evaluation.tasks.sst2 import SST2
+from ctxcomp_rag.evaluation.tasks.summarisation import Summarisation
+from ctxcomp_rag.evaluation.tasks.texts import Perplexity, Reconstruction
+from ctxcomp_rag.evaluation.tasks.triviaqa import TriviaQA
+from ctxcomp_rag.evaluation.tasks.wsc import WSC
 
-TASKS: dict[str, Task] = {task.name: task for task in (Home(), Squad(), HotpotQA(), JsonLines())}
+TASKS: dict[str, Task] = {task.name: task for task in (
+    Home(), Squad(), HotpotQA(), JsonLines(), TriviaQA(), NaturalQuestions(), GSM8K(), SST2(), WSC(), Needle(),
+    Reconstruction(), Summarisation(), Perplexity())}
 
 
 def task_named(name: str) -> Task:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.errors import InputError
@@ -20,6 +21,7 @@ class Asked:
         gold: ids of the documents that a reader needs; what the oracle setting gives.
         pool: ids of the documents that retrieval searches; all documents of the task where it is empty.
         place: document id and character range of the answer, where the task knows it.
+        about: where the question stands in the task's own plan, such as a needle's depth; kept beside the answers.
     """
 
     question: str
@@ -27,6 +29,7 @@ class Asked:
     gold: tuple[str, ...]
     pool: tuple[str, ...] = ()
     place: tuple[str, int, int] | None = None
+    about: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.question.strip():
@@ -37,10 +40,22 @@ class Asked:
 
 @dataclass(frozen=True)
 class TaskData:
-    """The documents and questions of one run."""
+    """The documents and questions of one run.
+
+    Attributes:
+        measures: how answers are scored (see `scoring.MEASURES`); the last one says what is kept of full text.
+        answer_tokens: longest answer.
+        final: what of a generated answer is scored.
+        ask: "repeat" asks for the text of every chunk instead of the questions; "continue" for what follows the gold
+            documents, which stands in the questions' answers.
+    """
 
     documents: tuple[Document, ...]
     asked: tuple[Asked, ...]
+    measures: tuple[str, ...] = ("em", "f1")
+    answer_tokens: int = 24
+    final: Callable[[str], str] = str.strip
+    ask: Literal["question", "repeat", "continue"] = "question"
 
 
 class Task(ABC):
