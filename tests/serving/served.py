@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import uvicorn
@@ -40,6 +43,17 @@ class Served:
         """The real client, with the tenant's key; it does not retry."""
         return OpenAI(base_url=f"{self.url}/v1", api_key=self.keys.get(tenant, tenant), max_retries=0, timeout=PATIENCE,
                       **options)
+
+    def call(self, **body: Any) -> socket.socket:
+        """A chat request on a bare connection, for a caller that goes away."""
+        data = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Who?"}], **body}).encode()
+        address = urlsplit(self.url)
+        caller = socket.create_connection((str(address.hostname), int(address.port or 0)), PATIENCE)
+        head = {"Host": "x", "Content-Type": "application/json", "Content-Length": f"{len(data)}",
+                "Authorization": f"Bearer {self.keys['acme']}"}
+        lines = ["POST /v1/chat/completions HTTP/1.1", *(f"{name}: {value}" for name, value in head.items()), "", ""]
+        caller.sendall("\r\n".join(lines).encode() + data)
+        return caller
 
     def metric(self, line: str) -> float:
         """The value of one line of the metrics page; 0 where it is not there yet."""

@@ -63,13 +63,7 @@ def idle(served: Served) -> bool:
 def test_a_caller_that_goes_away_frees_the_decoder(served: Served, gate: Gate, stream: bool) -> None:
     """In the middle of a stream, and while waiting for a whole answer."""
     gate.hold(after=20)
-    data = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "?"}], "max_tokens": LONG,
-                       "stream": stream, **PLAIN}).encode()
-    request = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: "
-               f"Bearer {served.keys['acme']}\r\nContent-Length: {len(data)}\r\n\r\n").encode() + data
-    host, port = served.url.removeprefix("http://").split(":")
-    caller = socket.create_connection((host, int(port)), PATIENCE)
-    caller.sendall(request)
+    caller = served.call(max_tokens=LONG, stream=stream, **PLAIN)
     gate.held()
     if stream:
         assert b"200 OK" in caller.recv(4096)
