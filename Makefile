@@ -29,10 +29,14 @@ test: $(STAMP) ## style, types and all tests
 golden: $(STAMP) ## parity with the official code only
 	$(BIN)/python -m pytest -k golden
 
+test-ray: $(STAMP) ## the job on a Ray cluster of this machine, with kills (minutes)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest tests/jobs/slow_ray.py
+
 fix: $(STAMP) ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 
-.PHONY: help install demo test golden fix clean
+.PHONY: help install demo test golden test-ray fix clean
