@@ -44,10 +44,14 @@ VLLM_BIN := .venv-vllm/bin
 test-vllm: $(STAMP) .venv-vllm/.installed ## the vLLM adapter against the real engine (3.4 GB into .venv-vllm)
 	CTXCOMP_VLLM_PYTHON=$(CURDIR)/$(VLLM_BIN)/python $(BIN)/python -m pytest -m vllm tests/serving
 
+test-ray: $(STAMP) ## the job on a Ray cluster of this machine, with kills (minutes)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest tests/jobs/slow_ray.py
+
 fix: $(STAMP) ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .venv-vllm .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 
-.PHONY: help install demo test golden kill-tests test-vllm fix clean
+.PHONY: help install demo test golden kill-tests test-vllm fix clean test-ray

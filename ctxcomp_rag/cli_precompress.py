@@ -91,9 +91,9 @@ def precompress(
                                   latent=latent) as rag:
             assert rag.compressor is not None
             spec = rag.compressor.spec
-            settings = WorkerSettings(model=model, compressor=compressor, dtype=str(rag.backbone.dtype)[6:],
-                                      encoder=rag.memory.retrieval_encoder, fingerprint=spec.fingerprint,
-                                      factor=factor, budget=budget, latent=spec.kind == "latent")
+            settings = WorkerSettings(model, compressor, str(rag.backbone.dtype).removeprefix("torch."),
+                                      rag.memory.retrieval_encoder, spec.fingerprint, factor=factor, budget=budget,
+                                      latent=spec.kind == "latent")
             made_with = _workers(engine, workers, rag, settings)
             with stop_on_signals() as stop, _Shown(position) as shown:
                 try:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def test_a_terminated_job_exits_with_143_keeps_its_work_and_the_next_run_does_th
     lock = tmp_path / "kb" / "writer.lock"
     while not (lock.exists() and lock.read_text()):  # taken when the job begins
         assert job.poll() is None
+        time.sleep(0.05)
     refused = ctxcomp("precompress", corpus, "--out", tmp_path / "kb")
     assert refused.returncode == 2
     assert f"another process (process id {job.pid}) is writing" in refused.stderr

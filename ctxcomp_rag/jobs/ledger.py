@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _COMMIT_BYTES = 64 * 2**20
 _SHORTEST_PAUSE = 2.0  # seconds between commits of little
-_PAUSE_PER_WRITE = 40  # a commit waits until its forerunner took at most a fortieth of the time
+_WRITE_SHARE = 0.04  # of the job's time: a commit of little waits until writing has taken less
 
 
 @dataclass
@@ -76,7 +76,6 @@ class Ledger:
         self.memory, self.compressor, self.factor, self.on_error = memory, compressor, factor, on_error
         self.counts = Counts()
         self._began = self._last_commit = time.perf_counter()
-        self._pause = _SHORTEST_PAUSE
         self._seen: set[str] = set()
         self._open: dict[str, _Open] = {}
         self._under_way: dict[str, Chunk] = {}
@@ -206,8 +205,9 @@ class Ledger:
     @property
     def due(self) -> bool:
         """Whether it is time to commit."""
-        pause = time.perf_counter() - self._last_commit
-        return self._made_bytes >= _COMMIT_BYTES or pause >= self._pause
+        now = time.perf_counter()
+        affordable = self.counts.write_seconds <= _WRITE_SHARE * (now - self._began)
+        return self._made_bytes >= _COMMIT_BYTES or (affordable and now - self._last_commit >= _SHORTEST_PAUSE)
 
     def commit(self) -> None:
         """Write everything that is made. What was committed stays, whatever happens to the job."""
@@ -226,7 +226,6 @@ class Ledger:
             self._stale = set()
         self._last_commit = time.perf_counter()
         self.counts.write_seconds += self._last_commit - began
-        self._pause = max(_SHORTEST_PAUSE, _PAUSE_PER_WRITE * (self._last_commit - began))
 
     def _commit_copies(self) -> None:
         ready = [entry for entry in self._copies if entry[1] not in self._under_way]

@@ -41,6 +41,7 @@ class RayWorkers(Workers):
             raise InputError(f"expected at least one worker, got {size}")
         try:
             import ray
+            import ray.data
         except ImportError as error:
             raise InputError("the engine ray needs Ray: run pip install 'ctxcomp-rag[ray]'") from error
         self._own_cluster = not ray.is_initialized()
@@ -113,7 +114,7 @@ class RayWorkers(Workers):
         self._round.start()
 
     def _run_round(self, tables: list[pa.Table]) -> None:
-        import ray
+        import ray.data
 
         try:
             # a block a batch: a round never merges into one block that one actor compresses and nobody commits

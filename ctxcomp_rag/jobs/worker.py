@@ -133,4 +133,7 @@ class LoadingSpanWorker(SpanWorker):
     """A worker that loads its own compressor where it runs."""
 
     def __init__(self, settings: WorkerSettings) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         super().__init__(*settings.load(), factor=settings.factor)
