@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from ctxcomp_rag import cli_maintain, cli_measure
+from ctxcomp_rag import cli_maintain, cli_measure, cli_plan
 from ctxcomp_rag.cli_output import IndexDir, Json, Model, print_json, printable, quiet, to_err, to_out
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, InputError
 
@@ -27,6 +27,7 @@ app = typer.Typer(name="ctxcomp", no_args_is_help=True, add_completion=False, pr
                   help="Compress documents once into memory spans; answer questions from the spliced spans.")
 app.command(name="eval")(cli_measure.evaluate)
 app.command()(cli_measure.codecs)
+app.command()(cli_plan.plan)
 for maintain in (cli_maintain.verify, cli_maintain.repair, cli_maintain.compact):
     app.command()(maintain)
 

@@ -183,6 +183,8 @@ def test_a_broken_file_stops_the_job_by_name_or_is_skipped(folder: Path, tmp_pat
     (["ask", "{index}", "why?", "--top-k", "0"], "top_k"),
     (["inspect", "{folder}"], "expected index.json in"),
     (["verify", "{tmp}/none"], "none"),
+    (["repair", "{tmp}/none"], "expected an index folder at"),
+    (["plan", "--chunks", "many"], "expected a number of chunks such as 1e9, got 'many'"),
 ])
 def test_wrong_input_gets_a_sentence_and_exit_code_2(arguments: list[str], message: str, folder: Path, index: Path,
                                                      tmp_path: Path) -> None:
@@ -220,7 +222,8 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert "run the same command again to go on" in said
 
 
-@pytest.mark.parametrize("command", ["", "precompress", "ask", "inspect", "verify", "codecs", "eval", "demo"])
+@pytest.mark.parametrize("command", ["", "precompress", "ask", "inspect", "verify", "repair", "compact", "plan",
+                                     "codecs", "eval", "demo"])
 def test_help_comes_without_loading_a_model(command: str) -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "ctxcomp_rag.cli", *command.split(), "--help"],
                           capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"pipeline", "training", "importers", "repair"},
     {"evaluation", "chat"},
     {"demo", "cli_output"},
-    {"cli_measure", "cli_maintain"},
+    {"cli_measure", "cli_maintain", "cli_plan"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
