@@ -7,6 +7,7 @@ was; the result says how busy.
 
     python benchmarks/scale.py --chunks 100000
     python benchmarks/scale.py --chunks 1000000
+    python benchmarks/scale.py --chunks 300000 --search-alone
 """
 
 from __future__ import annotations
@@ -133,25 +134,22 @@ def change(path: Path) -> dict[str, Any]:
             "peak_memory_gib": _peak_gib()}
 
 
-def recall_without_structure(options: argparse.Namespace) -> dict[str, Any]:
-    """The search vectors alone, on vectors that form no clusters at all."""
-    index, queries = VectorIndex(options.vector_size), vectors_of(-1, options.queries, options.vector_size, False)
-    best = BestOfAll(queries)
-    for batch in range(options.chunks // options.batch):
-        vectors = vectors_of(batch, options.batch, options.vector_size, False)
-        best.see(vectors)
-        index.add(np.arange(len(vectors)) + batch * options.batch, vectors)
-
-    def stored(ids: NDArray[np.int64]) -> Floats:
-        return np.stack([vectors_of(int(i) // options.batch, options.batch, options.vector_size, False)
-                         [int(i) % options.batch] for i in ids])
-
-    hits = index.search(queries[:20], _TOP_K)
-    best.scores, found = best.scores[:20], []
-    for query, hit in zip(queries, hits, strict=False):
-        ids = np.sort(hit[0])
-        found.append(best_of(query[None], [hit], ids, stored(ids), _TOP_K)[0][1])
-    return {"queries": 20, "recall_at_10": best.recall(np.stack(found))}
+def search_alone(options: argparse.Namespace, clustered: bool) -> dict[str, Any]:
+    """The search vectors without a table: what the inverted lists find, on vectors in clusters and on any."""
+    size, batches = options.vector_size, options.chunks // options.batch
+    index, queries = VectorIndex(size), vectors_of(-1, options.queries, size, clustered)
+    best, stored, seconds = BestOfAll(queries), np.empty((options.chunks, size), np.float32), 0.0
+    for batch in tqdm(range(batches), unit="batch", desc="search"):
+        place = slice(batch * options.batch, (batch + 1) * options.batch)
+        stored[place] = vectors_of(batch, options.batch, size, clustered)
+        best.see(stored[place])
+        _, taken = _timed(lambda p=place: index.add(np.arange(p.start, p.stop), stored[p]))
+        seconds += taken["cpu_s"]
+    found, times = _times(lambda q: index.search(q[None], _TOP_K)[0], queries)
+    exact = [best_of(q[None], [hit], np.sort(hit[0]), stored[np.sort(hit[0])], _TOP_K)[0][1]
+             for q, hit in zip(queries, found, strict=True)]
+    return {"chunks": options.chunks, "faiss": type(index._index).__name__, "add_cpu_s": seconds, "search_ms": times,
+            "recall_at_10": best.recall(np.stack(exact))}
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -212,6 +210,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=10_000)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=25.0, help="Ingest stops after these.")
+    parser.add_argument("--search-alone", action="store_true", help="No index: only the search vectors, for recall.")
     parser.add_argument("--folder", type=Path, default=None, help="Where the index goes (a temporary folder).")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
@@ -224,11 +223,16 @@ def main() -> None:
         result["load_after"] = os.getloadavg()[0]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    out = options.out or Path(__file__).parent / "results" / f"scale_{result['ingest']['chunks']}.json"
+    name = f"search_{options.chunks}" if options.search_alone else f"scale_{result['ingest']['chunks']}"
+    out = options.out or Path(__file__).parent / "results" / f"{name}.json"
     write_result(out, {**{k: v for k, v in vars(options).items() if k not in ("folder", "out")}, **result})
 
 
 def _phases(path: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    if options.search_alone:
+        yield "in_clusters", _apart(search_alone, options, True)
+        yield "without_structure", _apart(search_alone, options, False)
+        return
     made = _apart(_ingest_apart, path, options)
     best = BestOfAll(vectors_of(-1, options.queries, options.vector_size, True))
     best.scores = np.asarray(made.pop("best"), np.float32)
@@ -243,8 +247,6 @@ def _phases(path: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict
     yield "change", _apart(change, path)
     reread = reading()
     yield "read_after_compaction", {k: v for k, v in reread.items() if k != "recall_at_10"}
-    options.chunks = made["chunks"]
-    yield "without_structure", _apart(recall_without_structure, options)
 
 
 if __name__ == "__main__":
