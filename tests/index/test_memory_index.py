@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -618,6 +619,54 @@ def test_a_full_disk_loses_nothing_and_resumes(small_disk: Path) -> None:
     with MemoryIndex.open(path) as index:
         assert corpus.add_to(index).added == 12 - held
         assert_holds(index, corpus)
+
+
+def fill(disk: Path) -> Path:
+    """A file that leaves less than a page."""
+    filler = disk / "filler"
+    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+    return filler
+
+
+@pytest.mark.parametrize("operation", ["delete", "compact", "compact --erase"])
+def test_a_disk_that_is_full_when_chunks_are_deleted_or_compacted(small_disk: Path, operation: str) -> None:
+    path = small_disk / "kb"
+    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e") as index:
+        CORPUS.add_to(index, slice(0, 10))
+        CORPUS.add_to(index, slice(10, 20))
+        filler = fill(small_disk)
+
+        def change() -> None:
+            if operation == "delete":
+                index.delete(chunk_ids=CORPUS.ids[:5])
+            else:
+                index.compact(erase=operation.endswith("erase"))
+
+        with pytest.raises(IndexFolderError, match=r"disk is full: .*run the same command again"):
+            change()
+        assert_holds(index, CORPUS, slice(0, 20))
+        with MemoryIndex.open(path, read_only=True) as reader:
+            assert_holds(reader, CORPUS, slice(0, 20))
+        filler.unlink()
+        change()
+        assert_holds(index, CORPUS, slice(5 if operation == "delete" else 0, 20))
+
+
+def test_a_search_snapshot_that_does_not_fit_the_disk_only_costs_time(small_disk: Path) -> None:
+    path = small_disk / "kb"
+    index = MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e")
+    CORPUS.add_to(index, slice(0, 20))
+    filler = fill(small_disk)
+    with pytest.warns(UserWarning, match="snapshot .* was not saved"):
+        index.close()
+    with MemoryIndex.open(path) as again:
+        assert_holds(again, CORPUS, slice(0, 20))
+        filler.unlink()
+        CORPUS.add_to(again, slice(20, 40))
+    with MemoryIndex.open(path) as again:
+        assert_holds(again, CORPUS)
 
 
 def test_what_lies_in_the_folder(stored: Path) -> None:
