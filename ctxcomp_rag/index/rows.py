@@ -19,6 +19,7 @@ from torch import Tensor
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError, InputError
 from ctxcomp_rag.index.codecs import CODECS, Role, codec_named
+from ctxcomp_rag.index.stored_tensors import stored_tensors
 from ctxcomp_rag.spans import KVSpan, LatentSpan, MemorySpan, SoftSpan, SpanKind
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ def span_from_bytes(data: bytes) -> MemorySpan:
         ValueError: these are not the bytes of a span.
     """
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = stored_tensors(data)
         (length,) = struct.unpack_from("<Q", data)
-        about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["span"])
+        about = json.loads(json.loads(bytes(memoryview(data)[8 : 8 + length]))["__metadata__"]["span"])
         latent = {role: _decoded(tensors, about, role) for role in about.get("latent", {})} or tensors
         common = (about["chunk_id"], about["num_source_tokens"], tensors["positions"], about["num_positions"])
         cls, roles = _STORED[about["kind"]]

@@ -251,8 +251,10 @@ class SpanTable:
             table = self._scan(columns, filter=_row_filter(batch), with_row_id=True, blob_handling="all_binary")
             vectors = table["vector"].combine_chunks()
             flat = np.asarray(vectors.flatten() if len(table) else [], dtype=np.float32).reshape(len(table), -1)
-            for row, vector in zip(table.drop_columns(["vector"]).to_pylist(), flat, strict=True):
-                found[row["_rowid"]] = (*checked_row(row, vector), vector)
+            spans = [value.as_buffer() for value in table["span"]]  # to_pylist would copy them
+            rows = table.drop_columns(["vector", "span"]).to_pylist()
+            for row, span, vector in zip(rows, spans, flat, strict=True):
+                found[row["_rowid"]] = (*checked_row({**row, "span": span}, vector), vector)
         return found
 
     def vectors(self, row_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
