@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 _DTYPES: Final = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -47,7 +48,7 @@ def _tensor(pa: Any, buffer: Any, dtype: torch.dtype) -> Tensor:
     if not buffer.size:
         return torch.empty(0, dtype=dtype)
     # dlpack carries no read-only flag, which torch would warn about with every other way in
-    flat: Tensor = torch.from_dlpack(pa.Array.from_buffers(pa.uint8(), buffer.size, [None, buffer]))
+    flat: Tensor = from_dlpack(pa.Array.from_buffers(pa.uint8(), buffer.size, [None, buffer]))
     return (flat.clone() if buffer.address % dtype.itemsize else flat).view(dtype)
 
 
