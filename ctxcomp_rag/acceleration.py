@@ -83,14 +83,16 @@ def with_int8_linears(model: PreTrainedModel) -> PreTrainedModel:
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise UnsupportedModelError(f"int8 linear layers need a float32 model on a CPU, got {model.dtype} on "
                                     f"{model.device}; load it with dtype=torch.float32 and device='cpu'")
-    head = model.get_output_embeddings()
+    tree: Any = model
+    head = tree.get_output_embeddings()
     if head is not None:  # tied to the embedding, which stays as it is
         head = copy.copy(head)
         head._parameters = dict(head._parameters)
-        model.set_output_embeddings(head)
+        tree.set_output_embeddings(head)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces torchao, whose int8 is slower without a compiler
-        made: PreTrainedModel = quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
+        made: PreTrainedModel = quantize_dynamic(  # type: ignore[no-untyped-call]
+            model, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
     return made
 
 

@@ -24,13 +24,13 @@ class RoomyLayer(DynamicLayer):
     """
 
     def __init__(self, reserve: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.reserve = reserve
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)  # type: ignore[no-untyped-call]
+            self.lazy_initialization(key_states, value_states)
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
         buffers = self._with_room(key_states, value_states, before, after)
@@ -40,13 +40,15 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _with_room(self, key_states: Tensor, value_states: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
-        buffers = self._buffers
+        buffers, (keys, values) = self._buffers, (self.keys, self.values)
+        assert keys is not None
+        assert values is not None
         if buffers is not None and after <= buffers[0].shape[2] and all(
-                _at_front(held, buffer) for held, buffer in zip((self.keys, self.values), buffers, strict=True)):
+                _at_front(held, buffer) for held, buffer in zip((keys, values), buffers, strict=True)):
             return buffers
         room = max(self.reserve, after + _ROOM)
         made = []
-        for held, states in ((self.keys, key_states), (self.values, value_states)):
+        for held, states in ((keys, key_states), (values, value_states)):
             buffer = states.new_empty(*states.shape[:2], room, states.shape[3])
             if before:
                 buffer[:, :, :before] = held

@@ -89,6 +89,8 @@ class PrerolledSpans:
             known = self._asked.pop(key, False)
             self._asked[key] = True
         made = preroll(span, self.spec, self.backbone)
+        if made is span:  # nothing was computed that is worth keeping
+            return span
         with self._lock:
             free = self._kept.maxsize - self._kept.currsize
             if made.nbytes <= (self._kept.maxsize if known else free):

@@ -19,6 +19,7 @@ from torch import Tensor
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError, InputError
 from ctxcomp_rag.index.codecs import CODECS, Role, codec_named
+from ctxcomp_rag.index.stored_tensors import stored_tensors
 from ctxcomp_rag.spans import KVSpan, LatentSpan, MemorySpan, SoftSpan, SpanKind
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ def span_from_bytes(data: bytes) -> MemorySpan:
         ValueError: these are not the bytes of a span.
     """
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = stored_tensors(data)
         (length,) = struct.unpack_from("<Q", data)
-        about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["span"])
+        about = json.loads(json.loads(bytes(memoryview(data)[8 : 8 + length]))["__metadata__"]["span"])
         latent = {role: _decoded(tensors, about, role) for role in about.get("latent", {})} or tensors
         common = (about["chunk_id"], about["num_source_tokens"], tensors["positions"], about["num_positions"])
         cls, roles = _STORED[about["kind"]]
@@ -129,7 +130,7 @@ class Row:
         if chunk.text != self.chunk.text:
             raise InputError(f"expected a chunk with the text of {self.chunk.id!r}, got another text in {chunk.id!r}")
         return replace(self, chunk=chunk, metadata=metadata_to_json(chunk.metadata, chunk.id),
-                       span=_relabelled(self.span, chunk.id))
+                       span=_relabelled(bytes(memoryview(self.span)), chunk.id))
 
     @property
     def checksum(self) -> int:

@@ -285,7 +285,9 @@ class SpanTable:
             table = self._scan(columns, filter=_row_filter(batch), with_row_id=True, blob_handling="all_binary")
             vectors = table["vector"].combine_chunks()
             flat = np.asarray(vectors.flatten() if len(table) else [], dtype=np.float32).reshape(len(table), -1)
-            yield from zip(table.drop_columns(["vector"]).to_pylist(), flat, strict=True)
+            spans = [value.as_buffer() for value in table["span"]]  # to_pylist would copy them
+            rows = table.drop_columns(["vector", "span"]).to_pylist()
+            yield from (({**row, "span": span}, vector) for row, span, vector in zip(rows, spans, flat, strict=True))
 
     def read_settings(self, row_ids: Sequence[int]) -> dict[str, tuple[dict[str, Any], int]]:
         """Chunk id -> (metadata, number of slots), without texts, vectors and spans."""

@@ -190,3 +190,12 @@ def test_a_peer_answers_over_the_protocol(tmp_path: Path) -> None:
         assert peer.timed(3) == Timing(0.0, 1.0, 2.0, 3.0, 4.0, 3, 4)
         with pytest.raises(PeerSkippedError, match="its process ended"):
             peer.timed(3)
+
+
+
+def test_the_ratios_of_the_page_are_those_on_file() -> None:
+    root = Path(__file__).parents[2]
+    lines = (root / "docs" / "speed.md").read_text(encoding="utf-8").splitlines()
+    for row in json.loads((root / "benchmarks" / "results" / "bench_0.5b.json").read_text(encoding="utf-8"))["rows"]:
+        assert any(line.startswith(f"| {row['row']} | {row['ttft_speedup']:.2f} | {row['total_speedup']:.2f} |")
+                   for line in lines), row["row"]

@@ -45,7 +45,8 @@ def measure_growth(shape: str, names: Sequence[str], counts: Sequence[int], work
     measured: list[list[RowResult]] = []
     for count in counts:
         sized = replace(workload, chunks=count, new_tokens=1)
-        *_, last = run_rows(shape, names, sized, repeats, progress=lambda name, n=count: progress(f"{n}: {name}"))
+        progress(f"{count} chunks")
+        *_, last = run_rows(shape, names, sized, repeats, progress=progress)
         measured.append(last.rows)
         if len(measured) > 1:
             yield [_growth(rows, counts) for rows in zip(*measured, strict=True)]
@@ -61,7 +62,7 @@ def fitted_power(x: Sequence[float], y: Sequence[float]) -> float:
     """b of the least-squares fit log y = log a + b log x."""
     logs = [(math.log(a), math.log(b)) for a, b in zip(x, y, strict=True)]
     mean_x, mean_y = (sum(column) / len(logs) for column in zip(*logs, strict=True))
-    return sum((a - mean_x) * (b - mean_y) for a, b in logs) / sum((a - mean_x) ** 2 for a, _ in logs)
+    return float(sum((a - mean_x) * (b - mean_y) for a, b in logs) / sum((a - mean_x) ** 2 for a, _ in logs))
 
 
 def growth_json(growths: Sequence[Growth]) -> list[dict[str, Any]]:

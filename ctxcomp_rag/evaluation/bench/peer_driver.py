@@ -7,6 +7,7 @@ then for each line in, one answer is timed and one line comes out. Weights are r
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -19,6 +20,11 @@ from typing import Any, ClassVar
 
 os.environ.update(OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error",
                   TOKENIZERS_PARALLELISM="false")
+
+
+def package(name: str) -> Any:
+    """A module of the peer's environment, whose types are not known here."""
+    return importlib.import_module(name)
 
 
 class Peer(ABC):
@@ -56,14 +62,10 @@ class Reader(Peer):
 
     def __init__(self, task: dict[str, Any]) -> None:
         super().__init__(task)
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        self.torch = torch
+        torch = self.torch = package("torch")
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
-        config = AutoConfig.for_model(**task["config"])
-        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        self.model = _decoder(task["config"]).eval()
 
     def read(self, ids: list[int], position: int, cache: Any) -> None:
         """Feed ids; the next token's place is `position` + their number."""
@@ -84,14 +86,10 @@ class KVPress(Reader):
 
     def __init__(self, task: dict[str, Any]) -> None:
         super().__init__(task)
-        from kvpress import SnapKVPress
-
-        self.press = SnapKVPress(compression_ratio=1 - 1 / task["factor"])
+        self.press = package("kvpress").SnapKVPress(compression_ratio=1 - 1 / task["factor"])
 
     def first(self) -> int:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
+        cache = package("transformers").DynamicCache()
         with self.press(self.model):
             self.model.model(input_ids=self.torch.tensor([self.text]), past_key_values=cache)
         self.read(self.question, len(self.text), cache)
@@ -105,29 +103,23 @@ class LLMLingua2(Reader):
 
     def __init__(self, task: dict[str, Any]) -> None:
         super().__init__(task)
-        import tiktoken
-
         class Words:
             """The package counts tokens with an encoding that it would fetch from the network."""
 
             def encode(self, text: str) -> list[str]:
                 return text.split()
 
-        tiktoken.encoding_for_model = lambda name: Words()
-        from llmlingua import PromptCompressor
-
+        package("tiktoken").encoding_for_model = lambda name: Words()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "bert-base-multilingual-cased"  # the name tells the package how words begin
             _save_bert(path)
-            self.compressor = PromptCompressor(str(path), device_map="cpu", use_llmlingua2=True)
+            self.compressor = package("llmlingua").PromptCompressor(str(path), device_map="cpu", use_llmlingua2=True)
         self.chunks = [" ".join(f"w{token % 5000}" for token in ids) for ids in task["chunks"]]
 
     def first(self) -> int:
-        from transformers import DynamicCache
-
         made = self.compressor.compress_prompt_llmlingua2(self.chunks, rate=1 / self.task["factor"])
         kept = self.text[: len(made["compressed_prompt"].split())]
-        self.read([*kept, *self.question], 0, DynamicCache())
+        self.read([*kept, *self.question], 0, package("transformers").DynamicCache())
         return len(kept) + len(self.question)
 
 
@@ -140,25 +132,19 @@ class VLLM(Peer):
         super().__init__(task)
         os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", DO_NOT_TRACK="1",
                           VLLM_CPU_OMP_THREADS_BIND="0", VLLM_LOGGING_LEVEL="ERROR")
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from vllm import LLM
-
+        self.vllm = package("vllm")
         self.folder = tempfile.TemporaryDirectory()
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**task["config"]), dtype=torch.float32)
-        model.save_pretrained(self.folder.name)
-        del model
+        _decoder(task["config"]).save_pretrained(self.folder.name)
         longest = len(self.text) + len(self.question) + task["new_tokens"] + 64
-        self.engine = LLM(self.folder.name, dtype="float32", enforce_eager=True, skip_tokenizer_init=True,
-                          enable_prefix_caching=True, max_model_len=longest, max_num_batched_tokens=longest)
+        self.engine = self.vllm.LLM(self.folder.name, dtype="float32", enforce_eager=True, skip_tokenizer_init=True,
+                                    enable_prefix_caching=True, max_model_len=longest,
+                                    max_num_batched_tokens=longest)
         self._generate([*self.text, *self.question], 1)  # fills the prefix cache
         self.turn = 0
 
     def _generate(self, ids: list[int], new_tokens: int) -> None:
-        from vllm import SamplingParams
-
-        self.engine.generate({"prompt_token_ids": ids}, use_tqdm=False, sampling_params=SamplingParams(
-            temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False))
+        sampling = self.vllm.SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        self.engine.generate({"prompt_token_ids": ids}, use_tqdm=False, sampling_params=sampling)
 
     def _prompt(self) -> list[int]:
         chunks = self.task["chunks"]
@@ -189,14 +175,20 @@ class VLLM(Peer):
 PEERS: dict[str, type[Peer]] = {"kvpress": KVPress, "llmlingua": LLMLingua2, "vllm": VLLM}
 
 
-def _save_bert(path: Path) -> None:
-    from transformers import BertConfig, BertForTokenClassification, BertTokenizerFast
+def _decoder(config: dict[str, Any]) -> Any:
+    transformers = package("transformers")
+    made = transformers.AutoConfig.for_model(**config)
+    return transformers.AutoModelForCausalLM.from_config(made, dtype=package("torch").float32)
 
+
+def _save_bert(path: Path) -> None:
+    transformers = package("transformers")
     path.mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *(f"w{n}" for n in range(5000))]
     (path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    BertTokenizerFast(vocab=str(path / "vocab.txt"), do_lower_case=False).save_pretrained(path)
-    BertForTokenClassification(BertConfig(vocab_size=119547, num_labels=2)).save_pretrained(path)
+    transformers.BertTokenizerFast(vocab=str(path / "vocab.txt"), do_lower_case=False).save_pretrained(path)
+    config = transformers.BertConfig(vocab_size=119547, num_labels=2)
+    transformers.BertForTokenClassification(config).save_pretrained(path)
 
 
 def main() -> None:

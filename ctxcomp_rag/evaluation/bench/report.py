@@ -77,10 +77,10 @@ def _result(row: Row | PeerRow, times: Mapping[str, list[Timing]], ideals: list[
     mine, raw, limit = times[row.name], times[RAW], times[LIMIT]
 
     def ratio(above: Sequence[Timing], below: Sequence[Timing], what: str) -> float:
-        return statistics.median(getattr(a, what) / getattr(b, what) for a, b in zip(above, below, strict=True))
+        return float(statistics.median(getattr(a, what) / getattr(b, what) for a, b in zip(above, below, strict=True)))
 
     def median(what: str) -> float:
-        return statistics.median(getattr(t, what) for t in mine)
+        return float(statistics.median(getattr(t, what) for t in mine))
 
     per_token = median("per_token")
     bare, stored = row.ideal is None, row.stored

@@ -48,5 +48,6 @@ def load_shape(name: str, **overrides: Any) -> Backbone:
     config = {**shape_config(name), **overrides}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+        classes: Any = AutoModelForCausalLM
+        model = classes.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
     return Backbone(model, load_frozen(embedded_path()).tokenizer.hf, model_id=f"random-{name}")

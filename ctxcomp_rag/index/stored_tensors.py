@@ -1,0 +1,55 @@
+"""Tensors of a safetensors file that lies in memory, without copying it (`safetensors.torch.load` copies each)."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+_DTYPES: Final = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def stored_tensors(data: Any) -> dict[str, Tensor]:
+    """Name -> tensor over the bytes of `data` (bytes or any buffer), which it keeps alive. Must not be written to.
+
+    Raises:
+        ValueError: the file is cut short, or its header is not one.
+    """
+    import pyarrow as pa
+
+    buffer = pa.py_buffer(data)
+    if buffer.size < 8:
+        raise ValueError(f"expected a safetensors file, got {buffer.size} bytes")
+    (length,) = struct.unpack_from("<Q", buffer)
+    begin = 8 + length
+    if begin > buffer.size:
+        raise ValueError(f"expected a header of {length} bytes, got {buffer.size - 8}")
+    header = json.loads(bytes(memoryview(buffer)[8:begin]))
+    tensors: dict[str, Tensor] = {}
+    for name, about in header.items():
+        if name != "__metadata__":
+            first, last = about["data_offsets"]
+            dtype, shape = _DTYPES[about["dtype"]], about["shape"]
+            if not 0 <= first <= last <= buffer.size - begin or last - first != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"the tensor {name!r} of shape {shape} does not lie at {first} to {last}")
+            tensors[name] = _tensor(pa, buffer.slice(begin + first, last - first), dtype).view(shape)
+    return tensors
+
+
+def _tensor(pa: Any, buffer: Any, dtype: torch.dtype) -> Tensor:
+    if not buffer.size:
+        return torch.empty(0, dtype=dtype)
+    # dlpack carries no read-only flag, which torch would warn about with every other way in
+    flat: Tensor = from_dlpack(pa.Array.from_buffers(pa.uint8(), buffer.size, [None, buffer]))
+    return (flat.clone() if buffer.address % dtype.itemsize else flat).view(dtype)
+
+
+__all__ = ["stored_tensors"]
