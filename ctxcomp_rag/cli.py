@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from ctxcomp_rag import cli_measure, cli_report
+from ctxcomp_rag import cli_measure, cli_report, cli_train
 from ctxcomp_rag.cli_output import IndexDir, Json, Model, print_json, printable, quiet, to_err, to_out
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, InputError
 
@@ -28,6 +28,7 @@ app = typer.Typer(name="ctxcomp", no_args_is_help=True, add_completion=False, pr
 app.command(name="eval")(cli_measure.evaluate)
 app.command()(cli_measure.codecs)
 app.command()(cli_report.report)
+app.command()(cli_train.train)
 
 
 class OnError(StrEnum):

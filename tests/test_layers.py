@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"pipeline", "training", "importers"},
     {"evaluation", "chat"},
     {"demo", "cli_output"},
-    {"cli_measure", "cli_report"},
+    {"cli_measure", "cli_report", "cli_train"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
