@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ctxcomp_rag import cli_bench, cli_maintain, cli_measure, cli_plan, cli_precompress, cli_report, cli_serve
+from ctxcomp_rag import cli_bench, cli_maintain, cli_measure, cli_plan, cli_precompress, cli_report, cli_serve, cli_train
 from ctxcomp_rag.cli_output import IndexDir, Json, Model, print_json, printable, quiet, to_err, to_out
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, InputError
 
@@ -33,6 +33,7 @@ app.command("api-key")(cli_serve.api_key)
 app.command()(cli_bench.bench)
 app.command()(cli_report.report)
 app.command()(cli_plan.plan)
+app.command()(cli_train.train)
 for maintain in (cli_maintain.verify, cli_maintain.repair, cli_maintain.compact):
     app.command()(maintain)
 

@@ -40,7 +40,7 @@ def interval(values: Sequence[float], seed: int, digits: int = 1) -> tuple[float
 
 def _bleu(predictions: Sequence[str], references: Sequence[str], seed: int) -> Scored:
     """Corpus BLEU with sacrebleu's own bootstrap."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     before = os.environ.get("SACREBLEU_SEED")
     os.environ["SACREBLEU_SEED"] = str(seed)  # the only way in

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.training.examples import Example, examples_digest
+from ctxcomp_rag.training.monitor import HeldOut
 from ctxcomp_rag.training.objectives import IGNORED
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
@@ -55,6 +56,15 @@ class Source:
     objective: Objective
     examples: Sequence[Example]
     weight: float = 1.0
+
+    def draw(self, rng: random.Random) -> Any:
+        """A training sample."""
+        return self.objective.from_example(rng.choice(self.examples))
+
+    def described(self) -> dict[str, Any]:
+        """What decides the samples, JSON-ready, the data as a digest."""
+        return {"objective": type(self.objective).__name__, "weight": self.weight, "examples": len(self.examples),
+                "data": examples_digest(self.examples)}
 
 
 @dataclass(frozen=True)
@@ -85,8 +95,7 @@ class Stage:
         """Everything that decides what the stage does, JSON-ready, the data as digests."""
         return {"name": self.name, "steps": self.steps, "batch_size": self.batch_size,
                 "learning_rate": self.learning_rate, "warmup_steps": self.warmup_steps, "frozen": list(self.frozen),
-                "sources": [{"objective": type(s.objective).__name__, "weight": s.weight, "examples": len(s.examples),
-                             "data": examples_digest(s.examples)} for s in self.sources]}
+                "sources": [s.described() for s in self.sources]}
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -116,18 +125,21 @@ class Trainer:
         folder: for the checkpoint and `log.jsonl`, whose first line records seed, data digests and settings.
         max_grad_norm: gradients are scaled down to this norm.
         save_every: steps between checkpoints; the end of a stage always gets one.
+        held_out: evaluated in every stage, which it may end early.
+        settings: what else decides the weights, JSON-ready; recorded, and required to be the same on resuming.
     """
 
     def __init__(self, compressor: nn.Module, loss: SummedLoss, stages: Sequence[Stage], folder: str | Path, *,
                  seed: int = 0, max_grad_norm: float = 1.0, optimizers: MakeOptimizers = adamw, save_every: int = 50,
-                 accelerator: Accelerator | None = None) -> None:
+                 accelerator: Accelerator | None = None, held_out: HeldOut | None = None,
+                 settings: Mapping[str, Any] | None = None) -> None:
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # an encoder's head gives no slots
         # without an accelerator it must be told so, or every process of several takes itself for the only one
         self.accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available(),
                                                       kwargs_handlers=[unused])
         self.compressor, self.loss, self.stages, self.folder = compressor, loss, tuple(stages), Path(folder)
         self.seed, self.max_grad_norm = seed, max_grad_norm
-        self.make_optimizers, self.save_every = optimizers, save_every
+        self.make_optimizers, self.save_every, self.held_out = optimizers, save_every, held_out
         self.trained = {n: p for n, p in compressor.named_parameters() if p.requires_grad}
         for stage in self.stages:
             if not stage.sources or any(not s.examples for s in stage.sources):
@@ -136,7 +148,8 @@ class Trainer:
             if stage.batch_size % self.accelerator.num_processes:
                 raise InputError(f"expected a batch size that {self.accelerator.num_processes} processes can share, "
                                  f"got {stage.batch_size} in the stage {stage.name!r}")
-        self.described = {"seed": seed, "max_grad_norm": max_grad_norm, "stages": [s.described() for s in self.stages]}
+        self.described = {"seed": seed, "max_grad_norm": max_grad_norm, "stages": [s.described() for s in self.stages],
+                          **(settings or {})}
 
     def run(self, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Train to the end.
@@ -149,7 +162,7 @@ class Trainer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         at, first, saved = self._resume()
-        self._begin_log(at, first)
+        kept = self._begin_log(at, first)
         for number in range(at, len(self.stages)):
             stage = self.stages[number]
             optimizers = self._enter(stage)
@@ -157,15 +170,22 @@ class Trainer:
                 _restore(optimizers, saved)
             losses = self.accelerator.prepare_model(_Losses(self.compressor, self.loss))
             self.compressor.train()
+            history = [line["held_out"] for line in kept if line["stage"] == number and "held_out" in line]
             for step in range(first if number == at else 0, stage.steps):
                 record = self._step(stage, step, losses, optimizers)
+                if self.held_out and (step + 1) % self.held_out.every == 0:
+                    record["held_out"] = round(self.held_out.evaluate(self.compressor), 6)
+                    history.append(record["held_out"])
                 self._log({"stage": number, "name": stage.name, "step": step, **record})
-                if step + 1 == stage.steps:
+                ended = self.held_out is not None and "held_out" in record and self.held_out.stops(history)
+                if step + 1 == stage.steps or ended:
                     self._save(number + 1, 0, [])
                 elif (step + 1) % self.save_every == 0:
                     self._save(number, step + 1, optimizers)
                 if progress:
-                    progress({"stage": stage.name, "step": step + 1, "steps": stage.steps, **record})
+                    progress({"stage": stage.name, "step": step + 1, "steps": stage.steps, "ended": ended, **record})
+                if ended:
+                    break
             saved = None
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
@@ -217,8 +237,7 @@ class Trainer:
         rng = random.Random(_seed(self.seed, stage.name, step))
         groups: list[list[Any]] = [[] for _ in stage.sources]
         for i in rng.choices(range(len(stage.sources)), [s.weight for s in stage.sources], k=stage.batch_size):
-            source = stage.sources[i]
-            groups[i].append(source.objective.from_example(rng.choice(source.examples)))
+            groups[i].append(stage.sources[i].draw(rng))
         return groups
 
     # -- what is kept ----------------------------------------------------------------------------------------------
@@ -255,16 +274,18 @@ class Trainer:
                 parameter.copy_(weights[name])
         return state["stage"], state["step"], {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
 
-    def _begin_log(self, stage: int, step: int) -> None:
-        """The log up to the checkpoint: what was done after it will be done, and written, again."""
-        if not self.accelerator.is_main_process:
-            return
+    def _begin_log(self, stage: int, step: int) -> list[dict[str, Any]]:
+        """Cut the log after the checkpoint and return it: what came later will be done, and written, again."""
         file = self.folder / LOG
         lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()[1:]] if file.exists() else []
         kept = [line for line in lines if (line["stage"], line["step"]) < (stage, step)]
+        self.accelerator.wait_for_everyone()  # every process has read it
+        if not self.accelerator.is_main_process:
+            return kept
         parameters = sum(p.numel() for p in self.trained.values())
         file.write_text("".join(json.dumps(line) + "\n" for line in [{**self.described, "parameters": parameters},
                                                                      *kept]), encoding="utf-8")
+        return kept
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

@@ -1,0 +1,145 @@
+"""Documents and questions as training examples: from files, folders and data sets of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ctxcomp_rag.chunking import Document, split_document
+from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.readers import read_documents
+from ctxcomp_rag.tokenization import TextTokenizer
+from ctxcomp_rag.training.config import DataConfig
+from ctxcomp_rag.training.examples import Example, passages
+
+
+def load_examples(config: DataConfig, tokenizer: TextTokenizer, max_tokens: int) -> list[Example]:
+    """The examples of a data set, in the order of the file; contexts of at most `max_tokens` tokens.
+
+    Texts become passages, each with the one that follows. Of a context with a question that is too long, the piece
+    that holds the answer is kept; a question whose answer stands in no piece is left out.
+
+    Raises:
+        InputError: the data cannot be read, a field is missing or empty, or nothing is left; names the record.
+    """
+    limit = min(max_tokens, config.context_tokens or max_tokens)
+    if config.kind == "texts":
+        examples = passages(islice(_texts(config), config.limit), tokenizer, limit)
+    else:
+        asked = _squad(_path(config)) if config.kind == "squad" else _questions(config)
+        examples = list(islice(_with_answers(asked, tokenizer, limit), config.limit))
+    if not examples:
+        raise InputError(f"the data in {config.source!r} gives no example of at most {limit} tokens; expected "
+                         + ("texts longer than that, which are cut into passages" if config.kind == "texts" else
+                            "answers that stand in their contexts"))
+    return examples
+
+
+def _texts(config: DataConfig) -> Iterator[str]:
+    column = config.columns.get("text", "text")
+    if config.id is None:
+        yield from (d.text for d in read_documents([_path(config)], text_column=column))
+        return
+    for place, record in _hub(config):
+        yield _text(record, column, place)
+
+
+def _questions(config: DataConfig) -> Iterator[tuple[str, str, str, str]]:
+    """(place, context, question, answer) of JSON lines or of a data set."""
+    names = {n: config.columns.get(n, n) for n in ("context", "question", "answer")}
+    records = _hub(config) if config.id is not None else _lines(_path(config))
+    for place, record in records:
+        answer: Any = record.get(names["answer"], record.get("answers"))
+        if isinstance(answer, Mapping):  # {"text": [...]}, as SQuAD has it on the hub
+            answer = answer.get("text")
+        if isinstance(answer, list):
+            answer = answer[0] if answer else ""
+        if not isinstance(answer, str) or not answer.strip():
+            raise InputError(f"{place}: expected a non-empty answer in {names['answer']!r} or 'answers', got "
+                             f"{answer!r}; leave unanswerable questions out, or give them the answer that you want")
+        yield place, _text(record, names["context"], place), _text(record, names["question"], place), answer
+
+
+def _squad(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    try:
+        articles = json.loads(_read(path))["data"]
+        paragraphs = [(f"{path.name}, article {a}, paragraph {p}", paragraph) for a, article in enumerate(articles)
+                      for p, paragraph in enumerate(article["paragraphs"])]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{str(path)!r} is not SQuAD: expected 'data', a list of articles with 'paragraphs' "
+                         f"({type(error).__name__}: {error})") from error
+    for place, paragraph in paragraphs:
+        for asked in paragraph.get("qas", ()):
+            if asked.get("answers"):  # the unanswerable ones of version 2 have none
+                yield (place, _text(paragraph, "context", place), _text(asked, "question", place),
+                       _text(asked["answers"][0], "text", place))
+
+
+def _with_answers(asked: Iterable[tuple[str, str, str, str]], tokenizer: TextTokenizer,
+                  limit: int) -> Iterator[Example]:
+    pieces: tuple[str, list[str]] = "", []
+    for place, context, question, answer in asked:
+        if pieces[0] != context:
+            pieces = context, [c.text for c in split_document(Document(place, context), tokenizer, max_tokens=limit)]
+        holding = pieces[1] if len(pieces[1]) == 1 else [p for p in pieces[1] if answer in p]
+        if holding:
+            # the space keeps the tokens of the answer those of the text that it is copied from
+            yield Example(holding[0], question=question.strip(), answer=f" {answer.strip()}")
+
+
+def _text(record: Mapping[str, Any], name: str, place: str) -> str:
+    value = record.get(name)
+    if name not in record:
+        raise InputError(f"{place}: expected a field {name!r}, found {', '.join(map(repr, record)) or 'none'}; "
+                         "`columns` in the configuration says what the fields are called")
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{place}: expected text in {name!r}, got {value!r}")
+    return value
+
+
+def _path(config: DataConfig) -> Path:
+    path = Path(config.path or "")
+    if not path.exists():
+        raise InputError(f"there is no file or folder {config.path!r}; `path` is read from where you are")
+    return path
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if line.strip():
+            place = f"{path.name} line {number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{place} is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise InputError(f"{place}: expected an object, got {type(record).__name__}")
+            yield place, record
+
+
+def _read(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        return (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
+    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error}); expected UTF-8, plain or .xz") from error
+
+
+def _hub(config: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("data by id takes the package datasets, which is not installed; "
+                         "pip install 'ctxcomp-rag[datasets]', or give a path") from error
+    try:
+        records = datasets.load_dataset(config.id, config.subset, split=config.split, streaming=True)
+        yield from ((f"{config.id} record {i}", record) for i, record in enumerate(records))
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the data set {config.id!r} cannot be read ({str(error).splitlines()[0]}); check id, subset, "
+                         "split and network, or give a path") from error

@@ -1,0 +1,28 @@
+"""The optimisers that a configuration can name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ctxcomp_rag.training.trainer import MakeOptimizers, adamw
+
+_NOT_BETWEEN_STATES = ("embed", "memory_tokens", "special_rows", "lm_head")
+
+
+def muon(parameters: Mapping[str, nn.Parameter], learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between hidden states, AdamW at the same rate for the rest."""
+    matrices = [p for n, p in parameters.items() if p.ndim == 2 and not any(k in n for k in _NOT_BETWEEN_STATES)]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in parameters.values() if id(p) not in chosen]
+    made: list[torch.optim.Optimizer] = []
+    if matrices:
+        made.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        made.append(torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0))
+    return made
+
+
+OPTIMIZERS: dict[str, MakeOptimizers] = {"adamw": adamw, "muon": muon}

@@ -1,0 +1,157 @@
+"""A training run from its settings: decoder, compressor, examples, stages, and the finished compressor on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from ctxcomp_rag.backbone import Backbone, load_frozen
+from ctxcomp_rag.compressors import Compressor, load_compressor
+from ctxcomp_rag.compressors.icae import ICAECompressor, ICAEConfig
+from ctxcomp_rag.compressors.pcc import PCCCompressor, PCCConfig, load_encoder
+from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.training.checkpointing import checkpoint_gradients
+from ctxcomp_rag.training.config import CompressorConfig, StageConfig, TrainConfig
+from ctxcomp_rag.training.data import load_examples
+from ctxcomp_rag.training.examples import Example
+from ctxcomp_rag.training.monitor import HeldOut, PlateauMonitor
+from ctxcomp_rag.training.optimizers import OPTIMIZERS
+from ctxcomp_rag.training.sampling import SampledSource
+from ctxcomp_rag.training.spliced import OBJECTIVES, Repeating, Trainable, summed_spliced_loss
+from ctxcomp_rag.training.trainer import Stage, Trainer
+
+COMPRESSOR = "compressor"
+_DECIDING = ("model", "compressor", "held_out", "optimizer", "mixed_precision")
+"""Settings that a run is only resumed with; the stages describe themselves, the rest changes no weight."""
+
+
+def train(config: TrainConfig, progress: Callable[[dict[str, Any]], None] | None = None,
+          advise: Callable[[str], None] | None = None) -> Path:
+    """Train to the end, from the last checkpoint if there is one; returns the folder of the finished compressor.
+
+    Args:
+        progress: called with the log's record of every step.
+        advise: called where a loss stands on a plateau, with what to do.
+
+    Raises:
+        InputError: data, settings and decoder do not fit each other, or the folder holds another run.
+    """
+    out = Path(config.out)
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=handlers,
+                              log_with="tensorboard" if config.tensorboard else None, project_dir=str(out))
+    backbone = load_frozen(config.model, device=accelerator.device)
+    compressor = new_compressor(config.compressor, backbone, config.seed)
+    trainable = Trainable(compressor)
+    examples = {name: load_examples(data, _encoder_tokenizer(compressor), compressor.max_chunk_tokens)
+                for name, data in config.data.items()}
+    loss = partial(summed_spliced_loss, trainable)
+    held_out = _hold_out(config, examples, trainable, loss)
+    stages = [_stage(stage, examples, trainable) for stage in config.stages]
+    if config.gradient_checkpointing:
+        checkpoint_gradients(backbone.model)
+        checkpoint_gradients(trainable.compressor.encoder if isinstance(compressor, ICAECompressor)
+                             else compressor.encoder_model)  # type: ignore[attr-defined]
+    if config.tensorboard:
+        _require_tensorboard()
+        accelerator.init_trackers("tensorboard")
+    monitor = PlateauMonitor()
+    step = 0
+
+    def watch(record: dict[str, Any]) -> None:
+        nonlocal step
+        step += 1
+        values = {k: record[k] for k in ("loss", "held_out", "gradient_norm", "learning_rate") if k in record}
+        accelerator.log({**values, **{f"loss/{k}": v for k, v in record["losses"].items()}}, step=step)
+        advice = monitor.advice(record)
+        if advice and advise:
+            advise(advice)
+        if progress:
+            progress(record)
+
+    trainer = Trainer(trainable.compressor, loss, stages, out, seed=config.seed, max_grad_norm=config.max_grad_norm,
+                      optimizers=OPTIMIZERS[config.optimizer], save_every=config.save_every, accelerator=accelerator,
+                      held_out=held_out, settings={k: v for k, v in asdict(config).items() if k in _DECIDING})
+    trainer.run(watch)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        compressor.save_pretrained(out / COMPRESSOR)
+    return out / COMPRESSOR
+
+
+def new_compressor(config: CompressorConfig, backbone: Backbone, seed: int) -> Compressor:
+    """The compressor that a run begins with; its random weights depend on the seed alone.
+
+    Raises:
+        InputError: its segments do not fit the decoder's window.
+    """
+    torch.manual_seed(seed)
+    if config.start is not None:
+        return load_compressor(config.start, backbone)
+    slots = round(config.segment_tokens / config.factor)
+    if config.segment_tokens + slots > backbone.max_positions:
+        raise InputError(f"segments of {config.segment_tokens} tokens with {slots} slots do not fit the "
+                         f"{backbone.max_positions} positions of {backbone.model_id!r}; use a smaller segment_tokens")
+    if config.method == "pcc":
+        assert config.encoder is not None
+        rank = config.lora_rank
+        encoder = load_encoder(config.encoder, large=rank is not None, lora_rank=rank or 0,
+                               lora_alpha=config.lora_alpha or rank or 0)
+        return PCCCompressor(backbone, encoder, PCCConfig(config.segment_tokens, slots, encoder=config.encoder))
+    rank = config.lora_rank or 128
+    return ICAECompressor(backbone, ICAEConfig(
+        num_memory_tokens=config.memory_tokens or slots, segment_tokens=config.segment_tokens,
+        compression_factor=config.factor, slots=config.slots, slot_positions=config.slot_positions, lora_rank=rank,
+        lora_alpha=config.lora_alpha or rank, lora_targets=tuple(config.lora_targets)))
+
+
+def _stage(config: StageConfig, examples: Mapping[str, list[Example]], trainable: Trainable) -> Stage:
+    sources = []
+    for source in config.sources:
+        objective = OBJECTIVES[source.objective](trainable)
+        usable = [e for e in examples[source.data] if all(getattr(e, name) for name in objective.needs)]
+        if not usable:
+            raise InputError(f"the objective {source.objective!r} needs {' and '.join(objective.needs)}, which the "
+                             f"data set {source.data!r} has not; use data of kind "
+                             + ("texts" if "continuation" in objective.needs else "questions or squad"))
+        for factor in source.factors:
+            trainable.compressor.num_slots(trainable.compressor.max_chunk_tokens, factor)
+        sources.append(SampledSource(objective, usable, source.weight, tuple(source.factors), source.max_spans))
+    return Stage(config.name, tuple(sources), config.steps, config.batch_size, config.learning_rate,
+                 config.warmup_steps, tuple(config.frozen))
+
+
+def _hold_out(config: TrainConfig, examples: dict[str, list[Example]], trainable: Trainable,
+              loss: Callable[[Any], torch.Tensor]) -> HeldOut | None:
+    """Takes the held-out contexts out of every data set."""
+    if config.held_out is None:
+        return None
+    own = examples[config.held_out.data]
+    kept = own[-config.held_out.examples :]
+    contexts = {e.context for e in kept}
+    for name, some in examples.items():
+        examples[name] = [e for e in some if e.context not in contexts and e.continuation not in contexts]
+        if not examples[name]:
+            raise InputError(f"nothing of the data set {name!r} is left to train on after {len(kept)} examples were "
+                             "held out; give more data, or fewer held_out.examples")
+    samples = [Repeating(trainable).from_example(e) for e in kept]
+    return HeldOut(loss, samples, config.held_out.every, config.held_out.patience)
+
+
+def _encoder_tokenizer(compressor: Compressor) -> Any:
+    return compressor.encoder.tokenizer if isinstance(compressor, PCCCompressor) else compressor.backbone.tokenizer
+
+
+def _require_tensorboard() -> None:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError as error:
+        raise InputError("tensorboard: true takes the package tensorboard, which is not installed; "
+                         "pip install 'ctxcomp-rag[tensorboard]'") from error
