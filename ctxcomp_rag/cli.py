@@ -19,7 +19,16 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ctxcomp_rag import cli_bench, cli_maintain, cli_measure, cli_plan, cli_precompress, cli_report, cli_serve, cli_train
+from ctxcomp_rag import (
+    cli_bench,
+    cli_maintain,
+    cli_measure,
+    cli_plan,
+    cli_precompress,
+    cli_report,
+    cli_serve,
+    cli_train,
+)
 from ctxcomp_rag.cli_output import IndexDir, Json, Model, print_json, printable, quiet, to_err, to_out
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, InputError
 
