@@ -58,6 +58,15 @@ NUM_MEMORY_TOKENS = 64
 """Memory tokens that the encoder's vocabulary gains; the first `slots_per_segment` of them are used."""
 
 _ENCODER_FOLDER = "encoder"
+_MODEL_CARD = """\
+---
+base_model: {model}
+library_name: ctxcomp-rag
+tags: [pcc, context-compression]
+---
+PCC compressor for the decoder `{model}`, encoder {encoder}: {slots} slots for a segment of {tokens} tokens
+({factor:g}x), {positions} slot positions. Load it with `ctxcomp_rag.load_compressor(folder, backbone)`.
+"""
 _BATCH_TOKENS = 8192
 
 
@@ -291,7 +300,14 @@ class PCCCompressor(Converting, nn.Module):
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         model: Any = self.encoder.model
+        for adapter in model.peft_config.values() if isinstance(model, PeftModel) else ():
+            adapter.base_model_name_or_path = self.config.encoder  # not the folder it was loaded from
         model.save_pretrained(str(folder / _ENCODER_FOLDER))
+        (folder / _ENCODER_FOLDER / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the card is ours
+        (folder / "README.md").write_text(_MODEL_CARD.format(
+            model=self.backbone.model_id, encoder=self.config.encoder or "in `encoder/`",
+            factor=self.compression_factor, tokens=self.config.segment_tokens, slots=self.config.slots_per_segment,
+            positions=self.config.slot_positions), encoding="utf-8")
         self.encoder.tokenizer.hf.save_pretrained(folder / _ENCODER_FOLDER)
         tensors = {**self.converter.state_dict(), "special_rows": self.special_rows}
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / CONVERTER_FILE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,14 @@ class TestLoRA(_Contract):
     @classmethod
     def compressor(cls, tmp_path_factory: pytest.TempPathFactory) -> PCCCompressor:
         return pcc(save_tiny("llama", tmp_path_factory.mktemp("large")), large=True)
+
+    def test_a_saved_adapter_names_its_encoder_and_no_other_place(self, compressor: PCCCompressor,
+                                                                  tmp_path: Path) -> None:
+        compressor.config = replace(compressor.config, encoder="OWNER/ENCODER")
+        compressor.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "encoder" / "adapter_config.json").read_text("utf-8"))
+        assert saved["base_model_name_or_path"] == "OWNER/ENCODER"
+        assert "encoder OWNER/ENCODER: 6 slots for a segment of 24 tokens" in (tmp_path / "README.md").read_text("utf-8")
 
 
 class TestBidirectionalEncoder(_Contract):
