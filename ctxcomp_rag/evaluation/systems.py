@@ -199,7 +199,8 @@ class Comparison:
         return [[preroll(s, self.compressor.spec, self.decoder.backbone)] for s in self._made(system, chunks)]
 
     def _as_mixed(self, system: System, chunks: Sequence[Chunk]) -> list[list[Part]]:
-        return [*([c.text] for c in chunks[:1]), *self._as_spans(system, chunks[1:])]
+        first: list[list[Part]] = [[c.text] for c in chunks[:1]]
+        return first + self._as_spans(system, chunks[1:])
 
     def _as_truncated(self, system: System, chunks: Sequence[Chunk]) -> list[list[Part]]:
         slots = [s.num_slots for s in self._made(system, chunks)]

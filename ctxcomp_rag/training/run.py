@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ctxcomp_rag.training.spliced import OBJECTIVES, Repeating, Trainable, summe
 from ctxcomp_rag.training.trainer import Stage, Trainer
 
 COMPRESSOR = "compressor"
+_TRACKED = ("loss", "held_out", "gradient_norm", "learning_rate")
 _DECIDING = ("model", "compressor", "held_out", "optimizer", "mixed_precision")
 """Settings that a run is only resumed with; the stages describe themselves, the rest changes no weight."""
 
@@ -57,8 +59,8 @@ def train(config: TrainConfig, progress: Callable[[dict[str, Any]], None] | None
     stages = [_stage(stage, examples, trainable) for stage in config.stages]
     if config.gradient_checkpointing:
         checkpoint_gradients(backbone.model)
-        checkpoint_gradients(trainable.compressor.encoder if isinstance(compressor, ICAECompressor)
-                             else compressor.encoder_model)  # type: ignore[attr-defined]
+        own = trainable.compressor
+        checkpoint_gradients(own.encoder_model if isinstance(own, PCCCompressor) else own.encoder)
     if config.tensorboard:
         _require_tensorboard()
         accelerator.init_trackers("tensorboard")
@@ -68,8 +70,8 @@ def train(config: TrainConfig, progress: Callable[[dict[str, Any]], None] | None
     def watch(record: dict[str, Any]) -> None:
         nonlocal step
         step += 1
-        values = {k: record[k] for k in ("loss", "held_out", "gradient_norm", "learning_rate") if k in record}
-        accelerator.log({**values, **{f"loss/{k}": v for k, v in record["losses"].items()}}, step=step)
+        values: dict[str, Any] = {k: record[k] for k in _TRACKED if k in record}
+        accelerator.log(values | {f"loss/{k}": v for k, v in record["losses"].items()}, step=step)
         advice = monitor.advice(record)
         if advice and advise:
             advise(advice)
@@ -150,8 +152,6 @@ def _encoder_tokenizer(compressor: Compressor) -> Any:
 
 
 def _require_tensorboard() -> None:
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError as error:
+    if find_spec("tensorboard") is None:
         raise InputError("tensorboard: true takes the package tensorboard, which is not installed; "
-                         "pip install 'ctxcomp-rag[tensorboard]'") from error
+                         "pip install 'ctxcomp-rag[tensorboard]'")
