@@ -86,3 +86,12 @@ def test_the_table_of_real_english_is_the_one_on_file() -> None:
         right, three = by_setting[system, "oracle"], by_setting.get((system, "retrieved"))
         assert shown == [f"{right['em']:.1f} / {right['f1']:.1f}", f"{right['positions']:.1f}",
                          f"{right['first_token_ms']:.2f}", f"{three['em']:.1f} / {three['f1']:.1f}" if three else "-"]
+
+
+def test_the_table_of_icae_and_pcc_is_the_one_on_file() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "icae_vs_pcc.json").read_text(encoding="utf-8"))["rows"]
+    page = (ROOT / "docs" / "compressors.md").read_text(encoding="utf-8")
+    lines = page.partition("<!-- table -->")[2].partition("<!-- end -->")[0].strip().splitlines()
+    head, _, *shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {row["compressor"] for row in rows} == {"icae", "pcc"}
+    assert shown == [[f"{row[key]}" for key in head] for row in rows]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -130,13 +131,16 @@ def load_encoder(path: str | Path, *, adapter: str | Path | None = None, tokeniz
             hf.add_special_tokens({"additional_special_tokens": [f"<mem_{i}>" for i in range(NUM_MEMORY_TOKENS)]})
         # never shrunk: published vocabularies are often padded beyond their tokenizer
         if len(hf) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(hf))
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-        elif large:
-            lora: Any = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
-                                   bias="none", target_modules=list(LARGE_TARGETS), task_type="CAUSAL_LM")
-            model = get_peft_model(model, lora)
+            model.resize_token_embeddings(len(hf), mean_resizing=adapter is None)
+        with warnings.catch_warnings():
+            # the head, tied or not, gives no slots
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            if adapter is not None:
+                model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+            elif large:
+                lora: Any = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+                                       bias="none", target_modules=list(LARGE_TARGETS), task_type="CAUSAL_LM")
+                model = get_peft_model(model, lora)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(f"the encoder in {str(adapter or path)!r} cannot be loaded: {error}") from error
     memory_ids = tuple(int(hf.convert_tokens_to_ids(f"<mem_{i}>")) for i in range(NUM_MEMORY_TOKENS))  # type: ignore[arg-type]

@@ -102,7 +102,8 @@ class TestLoRA(_Contract):
         compressor.save_pretrained(tmp_path)
         saved = json.loads((tmp_path / "encoder" / "adapter_config.json").read_text("utf-8"))
         assert saved["base_model_name_or_path"] == "OWNER/ENCODER"
-        assert "encoder OWNER/ENCODER: 6 slots for a segment of 24 tokens" in (tmp_path / "README.md").read_text("utf-8")
+        card = (tmp_path / "README.md").read_text("utf-8")
+        assert "encoder OWNER/ENCODER: 6 slots for a segment of 24 tokens" in card
 
 
 class TestBidirectionalEncoder(_Contract):

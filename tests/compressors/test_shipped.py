@@ -1,0 +1,28 @@
+"""The compressors that come with the embedded decoder answer from their spans."""
+
+from __future__ import annotations
+
+import pytest
+
+from ctxcomp_rag import load_frozen
+from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.compressors import load_trained_compressor
+from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, enclosed
+from ctxcomp_rag.evaluation.fictional import generate_corpus
+from ctxcomp_rag.evaluation.metrics import exact_match
+from ctxcomp_rag.pipeline import prompt_parts
+
+CORPUS = generate_corpus(20, seed=11)
+
+
+@pytest.mark.parametrize(("method", "factor", "least"), [("icae", 4.0, 18), ("pcc", 4.0, 16), ("pcc", 16.0, 6)])
+def test_held_out_documents_are_answered_from_spans(method: str, factor: float, least: int) -> None:
+    backbone = load_frozen()
+    compressor = load_trained_compressor(method, backbone)
+    chunks = [Chunk(d.id, d.text, 0, len(d.text), len(backbone.tokenizer.encode(d.text))) for d in CORPUS]
+    spans = compressor.compress(chunks, compression_factor=factor)
+    prompts = [prompt_parts(backbone, d.questions[0].question, [enclosed(s, compressor.spec)], compressor.spec)
+               for d, s in zip(CORPUS, spans, strict=True)]
+    said = FrozenDecoder(backbone).batch(prompts, GenerationSettings(max_new_tokens=16))
+    right = sum(exact_match(made.text.strip(), [d.questions[0].answer]) for made, d in zip(said, CORPUS, strict=True))
+    assert right >= least
