@@ -73,6 +73,10 @@ class Comparison:
             self._spans[chunk.id, factor] = span
         return [self._spans[c.id, factor] for c in chunks]
 
+    def replace_spans(self, factor: float, spans: Sequence[MemorySpan]) -> None:
+        """Answer from these spans of their chunks at a factor from now on."""
+        self._spans |= {(s.chunk_id, factor): s for s in spans}
+
     def prompt(self, system: System, question: Question) -> list[Part]:
         """The prompt that a system sees."""
         chunks = question.chunks

@@ -7,7 +7,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, IndexFolderError, InputError
-from ctxcomp_rag.index.codecs import codec_named
+from ctxcomp_rag.index.codecs import Codec, codec_named
 from ctxcomp_rag.index.folder import (
     DELIMITERS,
     TABLE,
@@ -27,8 +27,9 @@ from ctxcomp_rag.index.folder import (
     is_disk_full,
 )
 from ctxcomp_rag.index.inputs import checked_vectors, places_of_chunks
-from ctxcomp_rag.index.rows import Row
+from ctxcomp_rag.index.rows import Row, codec_for
 from ctxcomp_rag.index.span_store import SpanTable, manifest_files, set_aside_torn_manifests
+from ctxcomp_rag.index.tables import read_tables, write_tables
 from ctxcomp_rag.index.texts import TextTable
 from ctxcomp_rag.index.vectors import CURRENT, VectorIndex
 from ctxcomp_rag.index.verify import VerifyReport, check_rows, check_vectors
@@ -210,8 +211,9 @@ class MemoryIndex:
             self._begin_writing()
             fresh = [i for chunk_id, i in rows.items() if chunk_id not in self._table.rows]
             if fresh:
-                made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32), self.codec) for i in fresh]
-                what = f"none of the {len(made)} chunks of this batch was committed to {self.path}"
+                what = f"none of the {len(fresh)} chunks of this batch was committed to {self.path}"
+                codec = self._codec_for([spans[i] for i in fresh], what)
+                made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32), codec) for i in fresh]
                 size = sum(len(row.span) + row.vector.nbytes + len(row.chunk.text) for row in made)
                 table = self._on_disk(lambda: self._table.append(made, self.vector_size), what, size)
                 with self._state:
@@ -220,6 +222,27 @@ class MemoryIndex:
                     self._table = table
                 self._after_commit(len(made))
         return AddReport(len(fresh), len(chunks) - len(fresh))
+
+    def _codec_for(self, spans: Sequence[MemorySpan], what: str) -> Codec:
+        """The codec of this index; one that learns does so from the first spans that an index gets."""
+        codec = codec_named(self.codec)
+        if not codec.learns:
+            return codec
+        known = Manifest.read(self.path).codec_tables  # another writer may have been first
+        try:
+            if known:
+                return codec.with_tables(read_tables(self.path, known))
+        except IndexDamagedError:
+            if len(self):  # the spans of an empty index can no longer miss them
+                raise
+        learned = codec_for(codec, spans)
+
+        def write() -> None:
+            digest = write_tables(self.path, learned.tables)
+            replace(Manifest.read(self.path), codec_tables=digest).write(self.path)
+
+        self._on_disk(write, what, sum(table.nbytes for table in learned.tables.values()))
+        return learned
 
     def missing(self, chunk_ids: Iterable[str]) -> set[str]:
         """Those of the given chunk ids that are not in the index: what a resumed job still has to do."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -27,6 +27,7 @@ from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError
 from ctxcomp_rag.index.folder import folder_bytes, fsync_all, fsync_path
 from ctxcomp_rag.index.rows import CHUNK_COLUMNS, Row, arrow_schema, checked_row, row_to_chunk, rows_to_arrow
+from ctxcomp_rag.index.tables import read_tables
 from ctxcomp_rag.spans import MemorySpan
 
 if TYPE_CHECKING:
@@ -247,12 +248,13 @@ class SpanTable:
         """
         columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc", "span"]
         found: dict[int, tuple[Chunk, MemorySpan, NDArray[np.float32]]] = {}
+        tables_of = partial(read_tables, self.path.parent)
         for batch in _batches(row_ids, ROWS_PER_READ):
             table = self._scan(columns, filter=_row_filter(batch), with_row_id=True, blob_handling="all_binary")
             vectors = table["vector"].combine_chunks()
             flat = np.asarray(vectors.flatten() if len(table) else [], dtype=np.float32).reshape(len(table), -1)
             for row, vector in zip(table.drop_columns(["vector"]).to_pylist(), flat, strict=True):
-                found[row["_rowid"]] = (*checked_row(row, vector), vector)
+                found[row["_rowid"]] = (*checked_row(row, vector, tables_of), vector)
         return found
 
     def vectors(self, row_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
