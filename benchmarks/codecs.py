@@ -1,4 +1,4 @@
-"""What storing spans in fewer bytes costs the embedded model: error, moved answers, exact match; and what latents weigh.
+"""What storing spans in fewer bytes costs the embedded model: error, moved answers, exact match; the size of latents.
 
     python benchmarks/codecs.py [--compressor icae] [--factor 4] [--chunks 64] [--documents 100] [--seed 1]
         [--out benchmarks/results/codecs_icae.json]

@@ -45,6 +45,14 @@ class AnswerMode(StrEnum):
     none = "none"
 
 
+class ShareSlots(StrEnum):
+    """How a slot budget is shared over the retrieved spans."""
+
+    uniform = "uniform"
+    proportional = "proportional"
+    knapsack = "knapsack"
+
+
 @app.command()
 def precompress(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, or '-' for standard input: "
@@ -60,10 +68,16 @@ def precompress(
     chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk (default: the compressor's).")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,
     codec: Annotated[str | None, typer.Option(help="How a new index stores spans: exact, int8, fp8, int4, "
-                                              "rotated4, rotated3 or rotated2 (default: exact; ctxcomp codecs "
-                                              "measures them).")] = None,
+                                              "rotated4, rotated3, rotated2, pq4, pq2, pq1, or pca with a rank "
+                                              "(default: int8, KV spans exact; ctxcomp codecs measures them).")
+                    ] = None,
     text_column: Annotated[str, typer.Option(help="Column or field of the text in jsonl, csv, parquet.")] = "text",
     id_column: Annotated[str | None, typer.Option(help="Column of the document id (default: file#row).")] = None,
+    retention: Annotated[bool, typer.Option("--retention", help="Measure what each new span retains: the share of the "
+                                            "chunk's numbers, dates and names that the decoder reads out of it.")
+                         ] = False,
+    target_retention: Annotated[float | None, typer.Option(help="Give each chunk the fewest slots that retain this "
+                                                           "share, such as 0.95.")] = None,
     metadata_column: Annotated[list[str] | None, typer.Option(help="Column kept as metadata; may be repeated.")] = None,
     on_error: Annotated[OnError, typer.Option(help="A file that cannot be read: stop, or skip and report it.")
                         ] = OnError.stop,
@@ -87,7 +101,7 @@ def precompress(
 
         quiet()
         with CompressedRAG.create(out, model=model, compressor=compressor, codec=codec, budget=budget,
-                                  latent=latent) as rag, \
+                                  latent=latent, retention=retention, target_retention=target_retention) as rag, \
                 tqdm(total=len(documents), unit="doc", desc="precompress", file=sys.stderr, disable=None) as bar:
             tokens = 0
 
@@ -159,6 +173,11 @@ def ask(
                                                     "for the decoder; its encoder is not loaded.")] = None,
     cache_budget: Annotated[int | None, typer.Option(help="Most cache entries for prompt and answer; beyond it the "
                                                      "decoder keeps what matters to the question.")] = None,
+    factor: Annotated[float | None, typer.Option(help="Source tokens per slot at which nested spans are read.")] = None,
+    slot_budget: Annotated[int | None, typer.Option(help="Most slots of all retrieved spans together.")] = None,
+    share: Annotated[ShareSlots, typer.Option(help="How the slot budget is shared: evenly, by score, or for the most "
+                                              "retention.")] = ShareSlots.uniform,
+    min_retention: Annotated[float | None, typer.Option(help="Read chunks whose spans retain less as text.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -173,10 +192,12 @@ def ask(
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     with CompressedRAG.open(index, model=model, compressor=compressor, cache_budget=cache_budget) as rag:
         began = time.perf_counter()
-        answer = rag.answer(question, mode=mode.value, top_k=top_k, settings=settings)
+        answer = rag.answer(question, mode=mode.value, top_k=top_k, settings=settings, factor=factor,
+                            slot_budget=slot_budget, share=share.value, min_retention=min_retention)
         seconds = time.perf_counter() - began
         usage = {**answer.usage.__dict__, "positions": answer.usage.positions,
                  "completion_tokens": answer.completion_tokens, "seconds": round(seconds, 4),
+                 "dropped": [s.chunk.id for s in answer.dropped],
                  "cache_bytes": cache_bytes(rag.decoder, min(answer.usage.positions,
                                                              cache_budget or answer.usage.positions))}
     sources = [{"id": s.chunk.id, "document_id": s.chunk.document_id, "start": s.chunk.start, "end": s.chunk.end,
@@ -189,6 +210,8 @@ def ask(
     for source in sources:
         place = f"{source['document_id']} [{source['start']}:{source['end']}]"
         to_err.print(f"  {source['score']:.3f}  {place}")
+    for left_out in answer.dropped:
+        to_err.print(f"  {left_out.score:.3f}  {left_out.chunk.document_id} did not fit the slot budget")
     to_err.print(f"  {usage['text_tokens']} text tokens + {usage['slots']} slots (for {usage['source_tokens']} source "
                  f"tokens), {usage['completion_tokens']} tokens generated, {seconds:.2f} s")
 

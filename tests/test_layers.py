@@ -11,11 +11,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ctxcomp_rag"
 LAYERS: list[set[str]] = [
     {"errors", "references"},
-    {"chunking", "spans", "rope", "tokenization", "retrieval", "readers"},
+    {"chunking", "spans", "rope", "tokenization", "retrieval", "readers", "facts", "slot_budget"},
     {"backbone"},
     {"kv"},
     {"compressors", "index", "decoding"},
-    {"pipeline", "training", "importers"},
+    {"reading", "retention", "pipeline", "training", "importers"},
     {"evaluation", "chat"},
     {"demo", "cli_output"},
     {"cli_measure"},

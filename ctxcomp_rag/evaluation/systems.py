@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.compressors import Compressor
+from ctxcomp_rag.compressors import Compressor, possible_factors
 from ctxcomp_rag.decoding import FrozenDecoder, Generation, GenerationSettings, Part, enclosed, preroll
-from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.pipeline import prompt_parts, truncated_part
 from ctxcomp_rag.spans import MemorySpan
 
@@ -38,18 +37,6 @@ def default_systems(factors: Sequence[float] = (4, 8, 16)) -> list[System]:
     spans = [System(f"{f:g}x", "spans", f) for f in factors]
     truncated = System(f"truncated_{factors[0]:g}x", "truncated", factors[0])
     return [System("full_text", "text"), *spans, truncated, System("no_context", "none")]
-
-
-def possible_factors(compressor: Compressor, wanted: Sequence[float] = (4, 8, 16)) -> list[float]:
-    """Those of the factors that the compressor can make; its own where it can make none of them."""
-    possible = []
-    for factor in wanted:
-        try:
-            compressor.num_slots(compressor.max_chunk_tokens, factor)
-        except InputError:
-            continue
-        possible.append(factor)
-    return possible or [compressor.compression_factor]
 
 
 PREROLLED = System("4x_prerolled", "prerolled", 4.0)
@@ -108,3 +95,6 @@ class Comparison:
             if progress:
                 progress(len(batch))
         return [answers[i] for i in range(len(questions))]
+
+
+__all__ = ["PREROLLED", "Comparison", "Question", "System", "default_systems", "possible_factors"]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, IndexFolderError, InputError
-from ctxcomp_rag.index.codecs import Codec, codec_named
+from ctxcomp_rag.index.codecs import DEFAULT_CODECS, Codec, codec_named
 from ctxcomp_rag.index.folder import (
     DELIMITERS,
     TABLE,
@@ -89,18 +89,19 @@ class MemoryIndex:
 
     @classmethod
     def create(cls, path: str | Path, spec: SpanSpec, *, vector_size: int, retrieval_encoder: str,
-               codec: str = "exact") -> Self:
+               codec: str | None = None) -> Self:
         """Make an empty index in a new or empty folder.
 
         Args:
-            codec: "exact", or one of the codecs that store spans in fewer bytes at a stated error.
+            codec: "exact", or one of the codecs that store spans in fewer bytes at a stated error [default: that of
+                the kind of span, see `ctxcomp_rag.index.codecs.DEFAULT_CODECS`].
 
         Raises:
             InputError: there is no such codec, or vector_size is below 1.
             IndexFolderError: something is there already, or the folder cannot be written.
         """
         path = Path(path).absolute()
-        codec_named(codec)
+        codec = codec_named(codec or DEFAULT_CODECS[spec.kind]).name
         if vector_size < 1:
             raise InputError(f"expected vector_size of at least 1, got {vector_size}")
         if path.exists() and not path.is_dir():

@@ -65,6 +65,8 @@ def span_to_bytes(span: MemorySpan, codec: Codec = EXACT) -> bytes:
     tensors = {"positions": span.positions.cpu().clone()}
     if isinstance(span, KVSpan) and span.kept is not None:
         tensors["kept"] = span.kept.cpu().clone()
+    if isinstance(span, SoftSpan) and span.order is not None:
+        tensors["order"] = span.order.cpu().to(torch.int32)
     for role, tensor in latent.items():
         if codec is not EXACT and not bool(tensor.isfinite().all()):
             raise InputError(f"expected finite {role} in the span {span.chunk_id!r} for codec {codec.name!r}, "
@@ -74,6 +76,8 @@ def span_to_bytes(span: MemorySpan, codec: Codec = EXACT) -> bytes:
     about = {"kind": span.kind, "chunk_id": span.chunk_id, "num_source_tokens": span.num_source_tokens,
              "num_positions": span.num_positions, "codec": codec.name,
              "latent": {role: [list(t.shape), str(t.dtype).removeprefix("torch.")] for role, t in latent.items()}}
+    if span.retention:
+        about["retention"] = dict(span.retention)
     if codec.tables:
         about["tables"] = tables_digest(codec.tables)
     return safetensors.torch.save(tensors, metadata={"span": json.dumps(about)})
@@ -101,8 +105,9 @@ def span_from_bytes(data: bytes, tables_of: Callable[[str], Tables] = _no_tables
         latent = {role: _decoded(codec, tensors, about, role) for role in about.get("latent", {})} or tensors
         common = (about["chunk_id"], about["num_source_tokens"], tensors["positions"], about["num_positions"])
         cls, roles = _STORED[about["kind"]]
-        extra: dict[str, Any] = {"kept": tensors["kept"]} if "kept" in tensors else {}
-        return cls(*common, *(latent[role] for role in roles), **extra)
+        extra: dict[str, Any] = {name: tensors[name] for name in ("kept", "order") if name in tensors}
+        retention = {int(n): float(share) for n, share in about.get("retention", {}).items()}
+        return cls(*common, *(latent[role] for role in roles), **extra, retention=retention)
     except (safetensors.SafetensorError, struct.error, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"not a memory span: {error}") from error
 

@@ -38,7 +38,7 @@ CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 class Objective(Protocol):
     """Turns an example into a training sample, which has `labels` and is otherwise known to the loss only."""
 
-    def from_example(self, example: Example) -> Any: ...
+    def from_example(self, example: Example, rng: random.Random) -> Any: ...
 
 
 SummedLoss = Callable[[Sequence[Any]], Tensor]
@@ -216,7 +216,7 @@ class Trainer:
         groups: list[list[Any]] = [[] for _ in stage.sources]
         for i in rng.choices(range(len(stage.sources)), [s.weight for s in stage.sources], k=stage.batch_size):
             source = stage.sources[i]
-            groups[i].append(source.objective.from_example(rng.choice(source.examples)))
+            groups[i].append(source.objective.from_example(rng.choice(source.examples), rng))
         return groups
 
     # -- what is kept ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -250,7 +251,7 @@ def test_pcc_objectives_are_the_prompts_of_the_product(layout: PromptLayout | No
                             for s, e in both],
     }
     for objective, expected in prompts.items():
-        samples = [objective(compressor).from_example(e) for e in examples]  # type: ignore[abstract]
+        samples = [objective(compressor).from_example(e, random.Random(0)) for e in examples]  # type: ignore[abstract]
         with torch.no_grad():
             loss = summed_bracketed_loss(compressor, samples).item()
         wanted = sum(by_hand(compressor, parts, [*answer, *end]) for parts, answer in expected)
@@ -261,7 +262,7 @@ def test_icae_objectives_read_the_bos_of_the_layout_except_in_instructions() -> 
     compressor = icae(LAYOUT)
     encode, end, example = BACKBONE.tokenizer.encode, BACKBONE.config.eos_token_id, EXAMPLES[0]
     ids = encode(example.context)
-    samples = {c: c(compressor, **options).from_example(example) for c, options in (
+    samples = {c: c(compressor, **options).from_example(example, random.Random(0)) for c, options in (
         (AutoencodingObjective, {}), (ContinuationObjective, {"max_tokens": 99, "min_tokens": 1, "leave_tokens": 0}),
         (InstructionObjective, {"left_ids": [282], "right_ids": [284]}))}  # type: ignore[arg-type]
     assert [list(s.context_ids) for s in samples.values()] == [[5, *ids], [5, *ids], ids]
