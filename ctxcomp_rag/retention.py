@@ -46,7 +46,7 @@ class MeasuringCompressor(Compressor):
         if "reconstruct" not in self._read_as.delimiters:
             raise InputError(f"the spans of {compressor.spec.compressor} cannot be asked for their text: the "
                              "compressor brings no 'reconstruct' delimiter; leave the retention out")
-        self._decoder = FrozenDecoder(self.backbone, end_ids=self._read_as.end_ids or None)
+        self._decoder = FrozenDecoder(self.backbone, end_ids=self._read_as.end_ids)
 
     def compress(self, chunks: Sequence[Chunk], *, compression_factor: float | None = None) -> list[MemorySpan]:
         if self.target is None:

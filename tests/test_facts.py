@@ -24,7 +24,7 @@ def test_facts_of_a_text(text: str, expected: set[str]) -> None:
 
 def test_the_share_that_another_text_states() -> None:
     text = "Ada Skellan built it in 1904; it is 31 metres high, say the people of Varn."
-    assert facts(text) == {"Ada Skellan", "1904", "31", "Varn"} - {"Ada Skellan"} | {"Skellan"}
+    assert facts(text) == {"Skellan", "1904", "31", "Varn"}  # a capital at the start of a sentence says nothing
     assert retained(text, text) == 1.0
     assert retained(text, "Built by Skellan in 1904, it is 31.5 metres high.") == 0.5  # 31.5 is not 31
     assert retained(text, "Varna, 19041, 1.31") == 0.0

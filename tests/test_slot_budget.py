@@ -76,7 +76,7 @@ def test_nothing_retrieved_takes_no_slots(share: str) -> None:
 def test_refusals() -> None:
     with pytest.raises(InputError, match="slot budget of at least 10, the slots of the best span, got 9; raise it"):
         allot([Offer(0.9, (10,))], 9)
-    with pytest.raises(InputError, match="needs the retention of every span; measure it with .* --retention"):
+    with pytest.raises(InputError, match=r"needs the retention of every span; measure it with .* --retention"):
         allot([Offer(0.9, (10,))], 10, "knapsack")
     with pytest.raises(InputError, match="no way 'fair' to share slots; expected one of uniform, proportional, knap"):
         allot([Offer(0.9, (10,))], 10, "fair")  # type: ignore[arg-type]

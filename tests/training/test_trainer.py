@@ -283,3 +283,26 @@ def test_passages_go_on_where_the_one_before_ended() -> None:
     assert all(a.continuation == b.context for a, b in pairwise(found))
     assert text.startswith(found[0].context)
     assert text.endswith(found[-1].continuation)
+
+
+def test_a_nested_compressor_is_trained_at_every_factor_and_by_the_seed_alone(tmp_path: Path) -> None:
+    config = ICAEConfig(num_memory_tokens=4, segment_tokens=48, compression_factor=2.0, slots="proportional",
+                        slot_positions="spread", lora_rank=2, nested=(2.0, 8.0))
+
+    def train(folder: Path) -> ICAECompressor:
+        with torch.random.fork_rng():
+            torch.manual_seed(6)
+            compressor = ICAECompressor(BACKBONE, config)
+        stage = Stage("one", (Source(AutoencodingObjective(compressor), EXAMPLES[:2]),), 2, 4, 0.01)
+        Trainer(compressor, lambda samples: summed_loss(compressor, samples), [stage], folder).run()
+        return compressor
+
+    compressor = train(tmp_path / "a")
+    again = trained(train(tmp_path / "b"))
+    assert all(torch.equal(again[n], p) for n, p in trained(compressor).items())
+    objective, rng = AutoencodingObjective(compressor), random.Random(0)
+    length = len(BACKBONE.tokenizer.encode(EXAMPLES[0].context))
+    samples = [objective.from_example(EXAMPLES[0], rng) for _ in range(20)]
+    slots = {s.compression_factor: s.prompt_ids.count(objective.ids.first_memory) for s in samples}
+    assert slots == {2.0: -(-length // 2), 8.0: -(-length // 8)}
+    assert all(len(s.prompt_ids) == len(s.labels) for s in samples)
