@@ -229,7 +229,7 @@ def test_what_cannot_be_learned_is_refused() -> None:
         codec_for(codec_named("pq2"), [low_rank_span(6, 0), low_rank_span(6, 1)])
     with pytest.raises(InputError, match=r"expected fewer directions than the 48 channels of a slot, got 'pca48'"):
         codec_for(codec_named("pca48"), [low_rank_span(6)])
-    with pytest.raises(InputError, match=r"'pca2' is for soft and latent spans .* store KV spans with int8"):
+    with pytest.raises(InputError, match=r"'pca2' is for soft and latent spans, .* store KV spans with int8"):
         codec_for(codec_named("pca2"), [kv_span(1, 2, 12, 16)])
 
 
