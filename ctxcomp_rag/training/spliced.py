@@ -11,6 +11,7 @@ gradients through slots and rows.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -121,7 +122,7 @@ class SplicedObjective:
     def __init__(self, trainable: Trainable) -> None:
         self.trainable = trainable
 
-    def from_example(self, example: Example) -> SplicedSample:
+    def from_example(self, example: Example, rng: random.Random) -> SplicedSample:
         return self.sample(example, [example.context], None)
 
     def sample(self, example: Example, contexts: Sequence[str], factor: float | None) -> SplicedSample:
