@@ -88,8 +88,10 @@ class Trainable:
         """(rows (num_slots, hidden_size), their positions, positions of the whole span) of each context."""
         own = self.compressor
         if isinstance(own, PCCCompressor):
-            made = [own.bracketed(slots) for slots in own.encode(contexts)]
-            return [(rows, list(range(len(rows))), len(rows)) for rows in made]
+            padded = own.padded(contexts)
+            made = [own.bracketed(slots, own.config.segments(len(ids), own.factor(factor)))
+                    for ids, slots in zip(padded, own.encode(padded, [factor] * len(padded)), strict=True)]
+            return [(rows, places.tolist(), occupied) for rows, places, occupied in made]
         slots = own.encode(contexts, compression_factor=factor)
         return [(rows, *own.span_positions(len(ids), factor)) for rows, ids in zip(slots, contexts, strict=True)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -250,6 +251,25 @@ def test_an_index_learns_from_its_first_spans_and_reads_with_what_it_learned(tmp
             assert isinstance(wanted, SoftSpan)
             assert isinstance(stored.span, SoftSpan)
             assert torch.equal(wanted.embeds, stored.span.embeds)
+    assert len(list((tmp_path / "kb").glob("codec-*.safetensors"))) == 1
+
+
+def test_chunks_that_are_replaced_or_copied_are_stored_with_what_the_index_learned(tmp_path: Path) -> None:
+    corpus, other = make_corpus(8), make_corpus(8, seed=5)
+    copies = [replace(chunk, document_id="copy") for chunk in corpus.chunks[:2]]
+    with learning_index(tmp_path / "kb") as index:
+        corpus.add_to(index)
+        anew = [replace(s, chunk_id=c) for s, c in zip(other.spans[:2], corpus.ids[:2], strict=True)]
+        index.replace(corpus.chunks[:2], anew, corpus.vectors[:2], spec=SOFT)
+        index.add_copies(copies, corpus.ids[:2])
+        assert index.verify().ok
+        expected = codec_for(codec_named("pca5"), corpus.spans)
+        for ids in (corpus.ids[:2], [c.id for c in copies]):
+            for span, stored in zip(anew, index.get(ids), strict=True):
+                wanted = read_back(span, expected)
+                assert isinstance(wanted, SoftSpan)
+                assert isinstance(stored.span, SoftSpan)
+                assert torch.equal(wanted.embeds, stored.span.embeds)
     assert len(list((tmp_path / "kb").glob("codec-*.safetensors"))) == 1
 
 
