@@ -13,10 +13,10 @@ from pathlib import Path
 from common import print_table
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, load_frozen
-from ctxcomp_rag.compressors import load_compressor
+from ctxcomp_rag.compressors import load_compressor, possible_factors
 from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground
 from ctxcomp_rag.evaluation.provenance import write_result
-from ctxcomp_rag.evaluation.systems import PREROLLED, default_systems, possible_factors
+from ctxcomp_rag.evaluation.systems import PREROLLED, default_systems
 from ctxcomp_rag.pipeline import load_trained_compressor
 from ctxcomp_rag.retrieval import load_retrieval_encoder
 

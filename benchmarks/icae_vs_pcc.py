@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, load_frozen
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.compressors import Compressor
+from ctxcomp_rag.compressors import Compressor, possible_factors
 from ctxcomp_rag.decoding import FrozenDecoder
 from ctxcomp_rag.evaluation.fictional import generate_corpus
 from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground, reconstruction_bleu, split_corpus
 from ctxcomp_rag.evaluation.provenance import write_result
-from ctxcomp_rag.evaluation.systems import Comparison, System, possible_factors
+from ctxcomp_rag.evaluation.systems import Comparison, System
 from ctxcomp_rag.pipeline import load_trained_compressor
 from ctxcomp_rag.retrieval import load_retrieval_encoder
 

@@ -56,6 +56,14 @@ class AnswerMode(StrEnum):
     none = "none"
 
 
+class ShareSlots(StrEnum):
+    """How a slot budget is shared over the retrieved spans."""
+
+    uniform = "uniform"
+    proportional = "proportional"
+    knapsack = "knapsack"
+
+
 @app.command()
 def ask(
     index: IndexDir,
@@ -69,6 +77,11 @@ def ask(
                                                     "for the decoder; its encoder is not loaded.")] = None,
     cache_budget: Annotated[int | None, typer.Option(help="Most cache entries for prompt and answer; beyond it the "
                                                      "decoder keeps what matters to the question.")] = None,
+    factor: Annotated[float | None, typer.Option(help="Source tokens per slot at which nested spans are read.")] = None,
+    slot_budget: Annotated[int | None, typer.Option(help="Most slots of all retrieved spans together.")] = None,
+    share: Annotated[ShareSlots, typer.Option(help="How the slot budget is shared: evenly, by score, or for the most "
+                                              "retention.")] = ShareSlots.uniform,
+    min_retention: Annotated[float | None, typer.Option(help="Read chunks whose spans retain less as text.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -83,10 +96,12 @@ def ask(
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     with CompressedRAG.open(index, model=model, compressor=compressor, cache_budget=cache_budget) as rag:
         began = time.perf_counter()
-        answer = rag.answer(question, mode=mode.value, top_k=top_k, settings=settings)
+        answer = rag.answer(question, mode=mode.value, top_k=top_k, settings=settings, factor=factor,
+                            slot_budget=slot_budget, share=share.value, min_retention=min_retention)
         seconds = time.perf_counter() - began
         usage = {**answer.usage.__dict__, "positions": answer.usage.positions,
                  "completion_tokens": answer.completion_tokens, "seconds": round(seconds, 4),
+                 "dropped": [s.chunk.id for s in answer.dropped],
                  "cache_bytes": cache_bytes(rag.decoder, min(answer.usage.positions,
                                                              cache_budget or answer.usage.positions))}
     sources = [{"id": s.chunk.id, "document_id": s.chunk.document_id, "start": s.chunk.start, "end": s.chunk.end,
@@ -99,6 +114,8 @@ def ask(
     for source in sources:
         place = f"{source['document_id']} [{source['start']}:{source['end']}]"
         to_err.print(f"  {source['score']:.3f}  {place}")
+    for left_out in answer.dropped:
+        to_err.print(f"  {left_out.score:.3f}  {left_out.chunk.document_id} did not fit the slot budget")
     to_err.print(f"  {usage['text_tokens']} text tokens + {usage['slots']} slots (for {usage['source_tokens']} source "
                  f"tokens), {usage['completion_tokens']} tokens generated, {seconds:.2f} s")
 

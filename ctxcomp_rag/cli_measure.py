@@ -48,10 +48,11 @@ def evaluate(
 ) -> None:
     """Score full text, spans, truncated text and no context on the same questions and the same hits."""
     from ctxcomp_rag.backbone import load_frozen
+    from ctxcomp_rag.compressors import possible_factors
     from ctxcomp_rag.evaluation.extractive import LLMLingua2
     from ctxcomp_rag.evaluation.provenance import provenance, write_result
     from ctxcomp_rag.evaluation.run import SETTINGS, run_task
-    from ctxcomp_rag.evaluation.systems import default_systems, further_systems, possible_factors
+    from ctxcomp_rag.evaluation.systems import default_systems, further_systems
     from ctxcomp_rag.evaluation.tasks import task_named
     from ctxcomp_rag.pipeline import load_trained_compressor
     from ctxcomp_rag.retrieval import load_retrieval_encoder
@@ -99,22 +100,29 @@ def codecs(
     sample: Annotated[int, typer.Option(min=1, help="Chunks to measure on.")] = 32,
     max_kl: Annotated[float, typer.Option(help="Loss to accept, in nats per token of the answers.")] = 0.01,
     model: Annotated[str | None, typer.Option(help="Where the decoder is (default: the one the index names).")] = None,
+    compressor: Annotated[str, typer.Option(help="Method name, or folder of the saved compressor that made the index; "
+                                            "read only where spans are latent or not stored exactly.")] = "icae",
     seed: Annotated[int, typer.Option(help="Of the sample.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Measure on an index what storing its spans in fewer bytes costs, and name the smallest codec that will do."""
-    from ctxcomp_rag.evaluation.codecs import measure_codecs, smallest_within
-    from ctxcomp_rag.pipeline import CompressedRAG
+    from ctxcomp_rag.evaluation.codecs import measure_codecs
+    from ctxcomp_rag.pipeline import CompressedRAG, load_trained_compressor
 
     quiet()
-    with CompressedRAG.open(index, model=model) as rag:
-        costs = measure_codecs(rag.memory, rag.backbone, sample=sample, seed=seed)
-    best = smallest_within(costs, max_kl)
+    saved = Path(compressor) if Path(compressor).is_dir() else None
+    with CompressedRAG.open(index, model=model, compressor=saved) as rag:
+        maker = rag.compressor if rag.memory.codec == "exact" else load_trained_compressor(compressor, rag.backbone)
+        report = measure_codecs(rag.memory, rag.backbone, maker, sample=sample, seed=seed)
+    best = report.smallest_within(max_kl)
     if as_json:
-        print_json({"codecs": [c.__dict__ for c in costs], "recommended": best.codec})
+        print_json({"codecs": [c.__dict__ for c in report.costs], "skipped": report.skipped,
+                    "recommended": best.codec})
         return
     to_out.print(f"{'codec':8} {'bytes/token':>12} {'rel. error':>11} {'KL, nats':>10} {'answers changed':>16}")
-    for c in costs:
+    for c in report.costs:
         size = f"{c.bytes_per_source_token:12.1f}"
         to_out.print(f"{c.codec:8} {size} {c.relative_error:11.1e} {c.kl:10.1e} {c.changed:16.0%}")
+    for name, reason in report.skipped.items():
+        to_out.print(f"{name:8} not measured: {reason}")
     to_out.print(f"recommended within {max_kl:g} nats: --codec {best.codec}")

@@ -48,10 +48,16 @@ def precompress(
     chunk_tokens: Annotated[int | None, typer.Option(help="Longest chunk (default: the compressor's).")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,
     codec: Annotated[str | None, typer.Option(help="How a new index stores spans: exact, int8, fp8, int4, "
-                                              "rotated4, rotated3 or rotated2 (default: exact; ctxcomp codecs "
-                                              "measures them).")] = None,
+                                              "rotated4, rotated3, rotated2, pq4, pq2, pq1, or pca with a rank "
+                                              "(default: int8, KV spans exact; ctxcomp codecs measures them).")
+                    ] = None,
     text_column: Annotated[str, typer.Option(help="Column or field of the text in jsonl, csv, parquet.")] = "text",
     id_column: Annotated[str | None, typer.Option(help="Column of the document id (default: file#row).")] = None,
+    retention: Annotated[bool, typer.Option("--retention", help="Measure what each new span retains: the share of the "
+                                            "chunk's numbers, dates and names that the decoder reads out of it.")
+                         ] = False,
+    target_retention: Annotated[float | None, typer.Option(help="Give each chunk the fewest slots that retain this "
+                                                           "share, such as 0.95.")] = None,
     metadata_column: Annotated[list[str] | None, typer.Option(help="Column kept as metadata; may be repeated.")] = None,
     on_error: Annotated[OnError, typer.Option(help="A document that cannot be used: stop, or skip and report it.")
                         ] = OnError.stop,
@@ -88,12 +94,13 @@ def precompress(
 
         quiet()
         with CompressedRAG.create(out, model=model, compressor=compressor, codec=codec, budget=budget,
-                                  latent=latent) as rag:
+                                  latent=latent, retention=retention, target_retention=target_retention) as rag:
             assert rag.compressor is not None
             spec = rag.compressor.spec
             settings = WorkerSettings(model, compressor, str(rag.backbone.dtype).removeprefix("torch."),
                                       rag.memory.retrieval_encoder, spec.fingerprint, factor=factor, budget=budget,
-                                      latent=spec.kind == "latent")
+                                      latent=spec.kind == "latent", retention=retention,
+                                      target_retention=target_retention)
             made_with = _workers(engine, workers, rag, settings)
             with stop_on_signals() as stop, _Shown(position) as shown:
                 try:

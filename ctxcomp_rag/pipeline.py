@@ -33,23 +33,29 @@ from ctxcomp_rag.decoding import (
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
 from ctxcomp_rag.jobs import IndexReport, Progress, SpanWorker, ThreadWorker, precompress
+from ctxcomp_rag.reading import Reading
+from ctxcomp_rag.retention import with_retention
 from ctxcomp_rag.retrieval import DEFAULT_ENCODER, RetrievalEncoder, embed_texts, encoder_name, load_retrieval_encoder
+from ctxcomp_rag.slot_budget import Share
 from ctxcomp_rag.spans import KVSpan, MemorySpan, SpanSpec
 
 Mode = Literal["spans", "text", "truncated", "none"]
 MODES: tuple[Mode, ...] = ("spans", "text", "truncated", "none")
 DEFAULT_TOP_K = 3
+_WHOLE = Reading()
 
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """An answer, the chunks it was read from, and what the prompt and the answer cost."""
+    """An answer, the chunks it was read from, what the prompt and the answer cost, and the chunks that were retrieved
+    but did not fit the slot budget."""
 
     text: str
     sources: tuple[RetrievedSpan, ...]
     usage: PromptUsage
     completion_tokens: int
     finish_reason: str
+    dropped: tuple[RetrievedSpan, ...] = ()
 
 
 class CompressedRAG:
@@ -87,7 +93,8 @@ class CompressedRAG:
     @classmethod
     def create(cls, path: str | Path, *, model: str | Path = EMBEDDED_MODEL, compressor: str | Path = "icae",
                budget: str | None = None, encoder: RetrievalEncoder | str | None = None,
-               codec: str | None = None, latent: bool = False) -> Self:
+               codec: str | None = None, latent: bool = False, retention: bool = False,
+               target_retention: float | None = None) -> Self:
         """Start a new index, or go on with one that the same decoder and compressor made.
 
         Args:
@@ -97,7 +104,9 @@ class CompressedRAG:
             budget: size of a chunk's span, for methods that need no training: "256slots", "64KiB" or "4x".
             latent: a new index holds the memory of the compressor's encoder, which every decoder with a converter for
                 it reads; an index that exists says itself what it holds.
-            codec: how a new index stores spans ("exact" by default; see `ctxcomp_rag.index.codecs`).
+            codec: how a new index stores spans (see `ctxcomp_rag.index.codecs`, `DEFAULT_CODECS` by default).
+            retention: measure what each span that is added retains (see `ctxcomp_rag.retention`).
+            target_retention: give each chunk the fewest slots that retain this share of its facts.
         """
         index = MemoryIndex.open(path) if Path(path).is_dir() and any(Path(path).iterdir()) else None
         # an index fixes the dtype: spans of float32 and of bfloat16 weights are not the same
@@ -105,6 +114,7 @@ class CompressedRAG:
         backbone = load_frozen(model, dtype=reader.dtype if reader else None)
         maker = load_trained_compressor(compressor, backbone, budget)
         maker = maker.latent if latent else maker.writer(index.spec) if index is not None else maker
+        maker = with_retention(maker, measured=retention, target=target_retention)
         retriever = load_retrieval_encoder(encoder or DEFAULT_ENCODER)
         if index is not None:  # an empty one is false
             index.spec.require_compressor(maker.spec)
@@ -114,7 +124,7 @@ class CompressedRAG:
         else:
             size = embed_texts(retriever, ["size"]).shape[1]
             index = MemoryIndex.create(path, maker.spec, vector_size=size, retrieval_encoder=encoder_name(retriever),
-                                       codec=codec or "exact")
+                                       codec=codec)
         return cls(backbone, index, retriever, maker)
 
     @classmethod
@@ -179,13 +189,13 @@ class CompressedRAG:
         return self.memory.search(embed_texts(self.encoder, [question]), top_k, where=where)[0]
 
     def prompt(self, question: str, sources: Sequence[RetrievedSpan], mode: Mode = "spans", *,
-               blend: float = 0.0, history: Sequence[Message] = ()) -> list[Part]:
+               blend: float = 0.0, reading: Reading = _WHOLE, history: Sequence[Message] = ()) -> list[Part]:
         """The parts of the prompt that answers `question` from `sources`, after `history` (see `prompt_parts`)."""
         contents: list[list[Part]] = []
         for source in sources:
-            if mode == "spans":
+            if mode == "spans" and not reading.as_text(source):
                 contents.append(self._content(source, blend))
-            elif mode == "text":
+            elif mode in ("spans", "text"):
                 contents.append([source.chunk.text])
             elif mode == "truncated":
                 contents.append([truncated_part(self.backbone, source.chunk, self.read(source).num_slots)])
@@ -207,7 +217,8 @@ class CompressedRAG:
 
     def answer(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
                where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None,
-               blend: float = 0.0) -> Answer:
+               blend: float = 0.0, factor: float | None = None, slot_budget: int | None = None,
+               share: Share = "uniform", min_retention: float | None = None) -> Answer:
         """Retrieve, splice and generate.
 
         Args:
@@ -215,18 +226,23 @@ class CompressedRAG:
                 positions that the spans take, or nothing.
             blend: fraction of the slots of KV spans to compute anew, so that the chunks see each other (see
                 `Blended`); 0 leaves the spans independent.
+            factor, slot_budget, share, min_retention: how the spans are read, see `ctxcomp_rag.reading.Reading`.
         """
-        sources = self._sources(question, mode, top_k, where)
-        parts = self.prompt(question, sources, mode, blend=blend)
+        reading = Reading(factor, slot_budget, share, min_retention)
+        sources, dropped = self._sources(question, mode, top_k, where, reading)
+        parts = self.prompt(question, sources, mode, blend=blend, reading=reading)
         made = self._reader(mode).generate(parts, settings, question=question)
-        return Answer(made.text.strip(), tuple(sources), made.usage, made.completion_tokens, made.finish_reason)
+        return Answer(made.text.strip(), tuple(sources), made.usage, made.completion_tokens, made.finish_reason,
+                      tuple(dropped))
 
     def stream(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
                where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None,
-               blend: float = 0.0) -> Iterator[str]:
+               blend: float = 0.0, factor: float | None = None, slot_budget: int | None = None,
+               share: Share = "uniform", min_retention: float | None = None) -> Iterator[str]:
         """Like `answer`, in pieces of text as they are generated; close the iterator to cancel."""
-        sources = self._sources(question, mode, top_k, where)
-        parts = self.prompt(question, sources, mode, blend=blend)
+        reading = Reading(factor, slot_budget, share, min_retention)
+        sources, _ = self._sources(question, mode, top_k, where, reading)
+        parts = self.prompt(question, sources, mode, blend=blend, reading=reading)
         return without_leading_space(self._reader(mode).stream(parts, settings, question=question))
 
     def reconstruct(self, span: RetrievedSpan, *, max_new_tokens: int | None = None) -> str:
@@ -236,10 +252,16 @@ class CompressedRAG:
         parts = reconstruction_prompt(read, self.spec)
         return self._span_decoder.generate(parts, GenerationSettings(max_new_tokens=limit)).text
 
-    def _sources(self, question: str, mode: Mode, top_k: int, where: Mapping[str, Any] | None) -> list[RetrievedSpan]:
+    def _sources(self, question: str, mode: Mode, top_k: int, where: Mapping[str, Any] | None,
+                 reading: Reading) -> tuple[list[RetrievedSpan], list[RetrievedSpan]]:
+        """(retrieved chunks with the spans to read, those that the slot budget drops)."""
         if mode not in MODES:
             raise InputError(f"there is no mode {mode!r}; expected one of {', '.join(MODES)}")
-        return [] if mode == "none" else self.retrieve(question, top_k=top_k, where=where)
+        if not reading.whole and mode in ("text", "none"):
+            raise InputError(f"factor, slot_budget and min_retention say how spans are read, and mode {mode!r} reads "
+                             "none; leave them out, or use the mode 'spans'")
+        sources = [] if mode == "none" else self.retrieve(question, top_k=top_k, where=where)
+        return (sources, []) if reading.whole else reading.fit(sources, self.memory.spec)
 
     def close(self) -> None:
         """Save the index's search snapshot and release its lock."""

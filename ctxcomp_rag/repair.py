@@ -53,6 +53,9 @@ def repair_index(rag: CompressedRAG, *, progress: Callable[[int], object] | None
 def _spans(rag: CompressedRAG, intact: Sequence[tuple[Chunk, int]]) -> list[MemorySpan]:
     """Spans with as many slots as there were, in order."""
     assert rag.compressor is not None
+    if rag.compressor.spec.nested:  # fewer slots are the first ones of a whole span
+        whole = rag.compressor.compress([chunk for chunk, _ in intact])
+        return [span.first(slots) for span, (_, slots) in zip(whole, intact, strict=True)]
     groups: dict[float | None, list[Chunk]] = defaultdict(list)
     for chunk, slots in intact:
         usual = rag.compressor.chunk_slots(chunk) == slots

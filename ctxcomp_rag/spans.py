@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
@@ -37,16 +38,20 @@ class MemorySpan:
         num_source_tokens: decoder tokens of that chunk's text; encoder tokens in a latent span.
         positions: (num_slots,) int64, strictly increasing, from the span's start.
         num_positions: positions the whole span occupies, at least `positions[-1] + 1`.
+        retention: number of slots -> share of the chunk's numbers, dates and names that the decoder reads out of so
+            many of its slots; empty where it was not measured (see `ctxcomp_rag.retention`).
     """
 
     chunk_id: str
     num_source_tokens: int
     positions: Tensor
     num_positions: int
+    retention: Mapping[int, float] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         positions = self.positions.detach().to(torch.int64)
         object.__setattr__(self, "positions", positions)
+        object.__setattr__(self, "retention", MappingProxyType(dict(self.retention)))
         if positions.ndim != 1 or positions.numel() == 0:
             raise SpanShapeError(f"positions must be (num_slots,) with at least one slot, got {tuple(positions.shape)}")
         if self.num_source_tokens < 1:
@@ -78,6 +83,18 @@ class MemorySpan:
         """Bytes of the latent tensors."""
         raise NotImplementedError
 
+    def first(self, num_slots: int) -> MemorySpan:
+        """The span of fewer slots that a nested span holds: those that come first in its order, in text order.
+
+        Raises:
+            SpanShapeError: the span is not nested, or has fewer slots.
+        """
+        if num_slots == self.num_slots:
+            return self
+        raise SpanShapeError(f"the {self.kind} span of chunk {self.chunk_id!r} is read with all its {self.num_slots} "
+                             f"slots, not with {num_slots}: it is not nested; only a compressor that was trained so "
+                             "makes nested spans")
+
 
 @dataclass(frozen=True, eq=False)
 class SoftSpan(MemorySpan):
@@ -85,14 +102,32 @@ class SoftSpan(MemorySpan):
 
     Attributes:
         embeds: (num_slots, hidden_size), floating point; rows enter the decoder through `inputs_embeds`.
+        order: (num_slots,) int64, the slots of a nested span from coarse to fine: for every number of slots that its
+            specification allows, the first so many of them are a valid span. None where all slots belong together.
     """
 
     embeds: Tensor
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "embeds", self.embeds.detach())
         _check_shape("embeds", self.embeds, (self.num_slots, None))
+        if self.order is not None:
+            order = self.order.detach().to(torch.int64)
+            object.__setattr__(self, "order", order)
+            if not order.sort().values.equal(torch.arange(self.num_slots)):
+                raise SpanShapeError(f"order must name each of the {self.num_slots} slots once, got {order.tolist()}")
+
+    def first(self, num_slots: int) -> SoftSpan:
+        if self.order is None or not 1 <= num_slots < self.num_slots:
+            super().first(num_slots)
+            return self
+        chosen = self.order[:num_slots]
+        kept = chosen.sort().values
+        return SoftSpan(self.chunk_id, self.num_source_tokens, self.positions[kept], self.num_positions,
+                        self.embeds[kept], torch.searchsorted(kept, chosen),
+                        retention={n: share for n, share in self.retention.items() if n <= num_slots})
 
     @property
     def kind(self) -> SpanKind:
@@ -268,6 +303,8 @@ class SpanSpec:
             "continue" asks it to go on ([LM]).
         layout: the prompt that the compressor was trained with; None for the decoder's chat template. No part of the
             fingerprint: the compressor's digest covers it.
+        nested: source tokens per slot at which a span may be read, ascending, where its first slots are a span
+            themselves (`MemorySpan.first`); () where they are not. Covered like `layout`.
     """
 
     kind: SpanKind
@@ -276,6 +313,7 @@ class SpanSpec:
     slot_positions: SlotPositions = "consecutive"
     delimiters: Mapping[str, Tensor] = field(default_factory=dict)
     layout: PromptLayout | None = None
+    nested: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         frozen = {name: rows.detach() for name, rows in sorted(self.delimiters.items())}
@@ -302,6 +340,7 @@ class SpanSpec:
             "slot_positions": self.slot_positions,
             "delimiters": {name: list(rows.shape) for name, rows in self.delimiters.items()},
             "layout": asdict(self.layout) if self.layout else None,
+            "nested": list(self.nested),
         }
 
     @classmethod
@@ -312,7 +351,16 @@ class SpanSpec:
         if shapes != stated:
             raise SpanShapeError(f"the manifest names the delimiters {stated}, the tensor file holds {shapes}")
         return cls(data["kind"], DecoderFingerprint(**data["decoder"]), data["compressor"], data["slot_positions"],
-                   delimiters, PromptLayout.from_dict(data["layout"]) if data.get("layout") else None)
+                   delimiters, PromptLayout.from_dict(data["layout"]) if data.get("layout") else None,
+                   tuple(data.get("nested", ())))
+
+    def slot_counts(self, span: MemorySpan) -> dict[float, int]:
+        """Factor -> slots at which a nested span of this specification may be read; {} where it is not nested.
+
+        A span that was stored with fewer slots is read as it is. Nested slots are spread over their text, whose length
+        with all that the compressor read before it is the span's.
+        """
+        return {f: min(span.num_slots, math.ceil(span.num_positions / f)) for f in self.nested}
 
     @property
     def end_ids(self) -> tuple[int, ...]:

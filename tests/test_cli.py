@@ -95,6 +95,7 @@ def test_codecs_measures_each_and_recommends_the_smallest_within_the_loss(index:
     result = as_json(ctxcomp("codecs", index, "--sample", "4", "--max-kl", "1000", "--json"))
     costs = {c["codec"]: c for c in result["codecs"]}
     assert (costs["exact"]["kl"], costs["exact"]["relative_error"], costs["exact"]["changed"]) == (0, 0, 0)
+    assert "needs 1024 slots" in result["skipped"]["pq4"]  # a handful of documents is too few to learn from
     assert 0 < costs["int8"]["relative_error"] < costs["fp8"]["relative_error"] < costs["int4"]["relative_error"] < 0.02
     assert result["recommended"] == min(costs, key=lambda name: costs[name]["bytes_per_source_token"])
     strict = ctxcomp("codecs", index, "--sample", "4", "--max-kl", "0")
@@ -102,9 +103,9 @@ def test_codecs_measures_each_and_recommends_the_smallest_within_the_loss(index:
 
 
 def test_an_index_goes_on_with_its_own_codec_only(folder: Path, index: Path) -> None:
-    done = ctxcomp("precompress", folder, "--out", index, "--codec", "int8")
+    done = ctxcomp("precompress", folder, "--out", index, "--codec", "fp8")
     assert done.returncode == 2
-    assert "stores spans with codec 'exact', got 'int8'" in done.stderr
+    assert "stores spans with codec 'int8', got 'fp8'" in done.stderr
 
 
 def test_eval_scores_every_system_and_keeps_the_answers(tmp_path: Path) -> None:
@@ -239,3 +240,24 @@ def test_the_demo_prints_every_system() -> None:
     example = result["examples"][0]
     assert example["spans_positions"] < example["text_positions"]
     assert example["spans_cache_bytes"] < example["text_cache_bytes"]
+
+
+def test_ask_keeps_a_slot_budget_and_names_what_did_not_fit(index: Path) -> None:
+    free = as_json(ctxcomp("ask", index, "How tall is it?", "--json"))
+    budget = free["usage"]["slots"] - 1
+    bounded = as_json(ctxcomp("ask", index, "How tall is it?", "--slot-budget", budget, "--json"))
+    assert bounded["usage"]["slots"] <= budget
+    assert [s["id"] for s in bounded["sources"]] + bounded["usage"]["dropped"] == [s["id"] for s in free["sources"]]
+    refused = ctxcomp("ask", index, "How tall is it?", "--factor", "16")
+    assert refused.returncode == 2
+    assert "is not nested. Leave the factor out" in refused.stderr
+
+
+def test_precompress_measures_retention_and_reaches_a_target_with_the_fewest_slots(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(generate_corpus(1, seed=3)[0].text)
+    as_json(ctxcomp("precompress", tmp_path / "a.txt", "--out", tmp_path / "four", "--retention", "--json"))
+    made = as_json(ctxcomp("precompress", tmp_path / "a.txt", "--out", tmp_path / "kb", "--target-retention", "0.01",
+                           "--json"))
+    assert made["slots"] == -(-made["source_tokens"] // 16)
+    read = as_json(ctxcomp("ask", tmp_path / "four", "What is it?", "--min-retention", "1.01", "--json"))
+    assert read["usage"]["slots"] == 0

@@ -65,6 +65,7 @@ def test_two_worker_processes_make_the_same_index_as_one_thread(tmp_path: Path) 
     texts.write_text("".join(json.dumps({"text": f"Tower {i} is {i * 7} metres tall."}) + "\n" for i in range(40)),
                      encoding="utf-8")
     results = [as_json(ctxcomp("precompress", texts, "--out", tmp_path / f"kb{n}", "--workers", str(n),
+                               "--codec", "exact",
                                "--batch-tokens", "128", "--json")) for n in (1, 2)]
     assert results[0]["added"] == results[1]["added"] == 40
     with MemoryIndex.open(tmp_path / "kb1", read_only=True) as one, MemoryIndex.open(tmp_path / "kb2",

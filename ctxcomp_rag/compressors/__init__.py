@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from ctxcomp_rag.backbone import Backbone
-from ctxcomp_rag.compressors.base import Budget, Compressor, read_config
+from ctxcomp_rag.compressors.base import Budget, Compressor, possible_factors, read_config
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.spans import DecoderFingerprint
 
@@ -54,4 +54,4 @@ def decoder_of(path: str | Path) -> DecoderFingerprint:
 
 
 __all__ = ["COMPRESSORS", "Budget", "Compressor", "compressor_class", "decoder_of", "load_compressor", "load_reader",
-           "load_trained_compressor"]
+           "load_trained_compressor", "possible_factors"]

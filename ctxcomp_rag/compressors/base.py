@@ -166,6 +166,18 @@ class Compressor(ABC):
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision))
 
 
+def possible_factors(compressor: Compressor, wanted: Sequence[float] = (4, 8, 16)) -> list[float]:
+    """Those of the factors that the compressor can make; its own where it can make none of them."""
+    possible = []
+    for factor in wanted:
+        try:
+            compressor.num_slots(compressor.max_chunk_tokens, factor)
+        except InputError:
+            continue
+        possible.append(factor)
+    return possible or [compressor.compression_factor]
+
+
 def checked_factor(compression_factor: float) -> float:
     """The factor, if it is one; raises InputError otherwise."""
     if not 1 <= compression_factor < math.inf:

@@ -33,6 +33,7 @@ from ctxcomp_rag.compressors.base import (
     read_config,
     require_same_decoder,
 )
+from ctxcomp_rag.compressors.nested import coarse_to_fine
 from ctxcomp_rag.compressors.places import spread_places
 from ctxcomp_rag.errors import InputError, ModelLoadError
 from ctxcomp_rag.spans import DecoderFingerprint, PromptLayout, SlotPositions, SoftSpan, SpanSpec
@@ -67,6 +68,9 @@ class ICAEConfig:
         delimiters: the special rows that the decoder's prompt may use, of "reconstruct", "continue", "after".
         layout: the prompt it was trained with; None for the decoder's chat template. Its `context_ids` are read before
             every text that `compress` is given (not before the ids of a training sample).
+        nested: the factors at which a span can be read, ascending from `compression_factor`: its slots are made from
+            coarse to fine (see `ctxcomp_rag.compressors.nested`), a text in one segment. None for spans that are read
+            whole.
     """
 
     num_memory_tokens: int = 128
@@ -79,6 +83,20 @@ class ICAEConfig:
     lora_alpha: float = 32
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     layout: PromptLayout | None = None
+    nested: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.slots == "fixed" and self.slot_positions == "spread":
+            raise InputError("slots='fixed' goes with slot_positions='consecutive': a segment may be shorter than its "
+                             "slots; use slots='proportional' to spread them")
+        if self.nested is None:
+            return
+        if self.slots == "fixed" or self.slot_positions == "consecutive":
+            raise InputError("nested spans need slots='proportional' and slot_positions='spread': their first slots "
+                             "have to cover the whole text")
+        if self.nested[:1] != (self.compression_factor,) or list(self.nested) != sorted(set(self.nested)):
+            raise InputError(f"expected nested factors that ascend from the compression factor "
+                             f"{self.compression_factor:g}, got {self.nested}")
 
     @property
     def context_ids(self) -> tuple[int, ...]:
@@ -87,6 +105,9 @@ class ICAEConfig:
 
     def segment_lengths(self, num_tokens: int) -> list[int]:
         """Lengths of the equal segments that a text is cut into (the last may be shorter)."""
+        if self.nested and num_tokens > self.segment_tokens:
+            raise InputError(f"a nested compressor reads a text in one segment of at most {self.segment_tokens} "
+                             f"tokens, got {num_tokens}; cut it into chunks")
         length = math.ceil(num_tokens / math.ceil(num_tokens / self.segment_tokens))
         return [min(length, num_tokens - begin) for begin in range(0, num_tokens, length)]
 
@@ -94,10 +115,17 @@ class ICAEConfig:
         return self.num_memory_tokens if self.slots == "fixed" else math.ceil(segment_length / factor)
 
     def slot_places(self, segment_length: int, num_slots: int) -> list[int]:
-        """Positions of a segment's slots, from the segment's first token (spread) or first slot (consecutive)."""
+        """Positions of a segment's slots in the order in which the encoder reads them, from the segment's first token
+        (spread) or first slot (consecutive)."""
         if self.slot_positions == "consecutive":
             return list(range(num_slots))
-        return spread_places(segment_length, num_slots)
+        pieces = math.ceil(segment_length / self.compression_factor) if self.nested else num_slots
+        places = spread_places(segment_length, pieces)
+        return [places[j] for j in coarse_to_fine(pieces)[:num_slots]] if self.nested else places
+
+
+def _named(factors: Sequence[float]) -> str:
+    return ", ".join(f"{f:g}x" for f in factors)
 
 
 @dataclass
@@ -123,9 +151,6 @@ class ICAECompressor(Compressor, nn.Module):
         nn.Module.__init__(self)
         self.backbone = backbone
         self.config = config or ICAEConfig()
-        if self.config.slots == "fixed" and self.config.slot_positions == "spread":
-            raise InputError("slots='fixed' goes with slot_positions='consecutive': a segment may be shorter than its "
-                             "slots; use slots='proportional' to spread them")
         if encoder is None:
             lora = LoraConfig(r=self.config.lora_rank, lora_alpha=self.config.lora_alpha,  # type: ignore[arg-type]
                               target_modules=list(self.config.lora_targets), bias="none", task_type="CAUSAL_LM")
@@ -159,7 +184,7 @@ class ICAECompressor(Compressor, nn.Module):
         rows = self.memory_tokens[self.config.num_memory_tokens :].detach().to(self.backbone.dtype)
         delimiters = {n: rows[i : i + 1].clone() for i, n in enumerate(_SPECIAL_ROWS) if n in self.config.delimiters}
         return SpanSpec("soft", self.backbone.fingerprint, f"{self.name}-{self.digest()[:16]}",
-                        self.config.slot_positions, delimiters, self.config.layout)
+                        self.config.slot_positions, delimiters, self.config.layout, self.config.nested or ())
 
     @property
     def max_chunk_tokens(self) -> int:
@@ -193,7 +218,10 @@ class ICAECompressor(Compressor, nn.Module):
         spans = []
         for chunk, ids, rows in zip(chunks, texts, slots, strict=True):
             places, length = self.span_positions(len(before) + len(ids), compression_factor)
-            spans.append(SoftSpan(chunk.id, len(ids), torch.tensor(places), length, rows.clone()))
+            order = None
+            if self.config.nested:
+                order = torch.tensor(self.config.slot_places(length, len(places))).argsort().argsort()
+            spans.append(SoftSpan(chunk.id, len(ids), torch.tensor(places), length, rows.clone(), order))
         return spans
 
     def span_positions(self, num_tokens: int, compression_factor: float | None = None) -> tuple[list[int], int]:
@@ -203,13 +231,14 @@ class ICAECompressor(Compressor, nn.Module):
         base = 0
         for length in self.config.segment_lengths(num_tokens):
             count = self.config.num_slots(length, factor)
-            places += [base + p for p in self.config.slot_places(length, count)]
+            places += [base + p for p in sorted(self.config.slot_places(length, count))]
             base += length if self.config.slot_positions == "spread" else count
         return places, base
 
     def encode(self, texts: Sequence[Sequence[int]], *, compression_factor: float | None = None,
                batch_tokens: int = _BATCH_TOKENS) -> list[Tensor]:
-        """Slots (num_slots, hidden_size) of each text of token ids; differentiable, length-bucketed, masked padding."""
+        """Slots (num_slots, hidden_size) of each text of token ids, in text order; differentiable, length-bucketed,
+        masked padding."""
         factor = self._factor(compression_factor)
         segments: list[_Segment] = []
         owners: list[int] = []
@@ -255,7 +284,10 @@ class ICAECompressor(Compressor, nn.Module):
             inputs_embeds=torch.stack(rows), attention_mask=torch.tensor(masks, device=device),
             position_ids=torch.tensor(positions, device=device), use_cache=False,
         ).last_hidden_state
-        return [hidden[i, len(s.ids) : len(s.ids) + s.num_slots] for i, s in enumerate(batch)]
+        slots = [hidden[i, len(s.ids) : len(s.ids) + s.num_slots] for i, s in enumerate(batch)]
+        if self.config.nested:
+            return [rows[torch.tensor(s.places).argsort()] for rows, s in zip(slots, batch, strict=True)]
+        return slots
 
     def _factor(self, compression_factor: float | None) -> float:
         if compression_factor is None or compression_factor == self.config.compression_factor:
@@ -263,6 +295,9 @@ class ICAECompressor(Compressor, nn.Module):
         if self.config.slots == "fixed":
             raise InputError(f"this compressor makes {self.config.num_memory_tokens} slots of every segment "
                              f"({self.config.compression_factor:g}x); it cannot make {compression_factor:g}x")
+        if self.config.nested and compression_factor not in self.config.nested:
+            raise InputError(f"this compressor is nested and was trained for {_named(self.config.nested)}; it cannot "
+                             f"make {compression_factor:g}x")
         return checked_factor(compression_factor)
 
     def num_slots(self, num_tokens: int, compression_factor: float | None = None) -> int:
@@ -293,8 +328,9 @@ class ICAECompressor(Compressor, nn.Module):
             settings.pop("method")
             for key in ("delimiters", "lora_targets"):
                 settings[key] = tuple(settings[key])
-            config = ICAEConfig(**{**settings, "layout": layout_of(settings)})
-        except (KeyError, TypeError) as error:
+            nested = tuple(settings.pop("nested", None) or ()) or None
+            config = ICAEConfig(**{**settings, "layout": layout_of(settings)}, nested=nested)
+        except (KeyError, TypeError, InputError) as error:
             raise ModelLoadError(f"the settings of the compressor in {str(folder)!r} are not those of {cls.name}: "
                                  f"{error}") from error
         require_same_decoder(folder, trained_for, backbone.fingerprint)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ctxcomp_rag.chunking import Chunk, Document, split_document
-from ctxcomp_rag.compressors import Compressor
-from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, reconstruction_prompt
+from ctxcomp_rag.compressors import Compressor, possible_factors
+from ctxcomp_rag.decoding import FrozenDecoder
 from ctxcomp_rag.evaluation.fictional import NOT_STATED, FictionalDocument, generate_corpus
 from ctxcomp_rag.evaluation.metrics import bleu, exact_match, mean
-from ctxcomp_rag.evaluation.systems import Comparison, Question, System, default_systems, possible_factors
+from ctxcomp_rag.evaluation.systems import Comparison, Question, System, default_systems
+from ctxcomp_rag.retention import reconstructions
 from ctxcomp_rag.retrieval import RetrievalEncoder, embed_texts
 
 
@@ -98,11 +99,5 @@ def evaluate_home_ground(compressor: Compressor, encoder: RetrievalEncoder, *, d
 
 def reconstruction_bleu(comparison: Comparison, chunks: Sequence[Chunk], factor: float) -> float:
     """BLEU of the texts that the decoder reads out of the spans."""
-    spans = comparison.spans(chunks, factor)
-    texts: list[str] = []
-    for begin in range(0, len(spans), 16):
-        batch = spans[begin : begin + 16]
-        prompts = [reconstruction_prompt(s, comparison.compressor.spec) for s in batch]
-        limit = max(s.num_source_tokens for s in batch) + 8
-        texts += [g.text for g in comparison.decoder.batch(prompts, GenerationSettings(max_new_tokens=limit))]
+    texts = reconstructions(comparison.decoder, comparison.spans(chunks, factor), comparison.compressor.spec)
     return round(bleu(texts, [c.text for c in chunks]), 1)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.compressors import Compressor
+from ctxcomp_rag.compressors import Compressor, possible_factors
 from ctxcomp_rag.decoding import (
     FrozenDecoder,
     Generation,
@@ -22,6 +22,7 @@ from ctxcomp_rag.decoding import (
     reconstruction_prompt,
 )
 from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.index.codecs import codec_named
 from ctxcomp_rag.index.rows import span_from_bytes, span_to_bytes
 from ctxcomp_rag.pipeline import prompt_parts, truncated_part
 from ctxcomp_rag.spans import MemorySpan
@@ -95,25 +96,20 @@ def further_systems(compressors: Mapping[str, Compressor], factors: Sequence[flo
         codecs: of the default spans at the first factor.
         mixed: the best chunk as text and the others as spans, at the first factor.
         extractor: gives the texts at every factor.
+
+    Raises:
+        InputError: there is no such codec, or it learns from an index.
     """
+    for codec in codecs:
+        if codec_named(codec).learns:
+            raise InputError(f"the codec {codec!r} learns from the first spans of an index, and here is none; measure "
+                             "it on one: ctxcomp codecs DIR")
     first = factors[0]
     return [*(System(f"{name}_{f:g}x", "spans", f, made) for name, made in compressors.items()
               for f in possible_factors(made, factors)),
             *(System(f"{first:g}x_{codec}", "spans", first, codec=codec) for codec in codecs),
             *([System(f"mixed_{first:g}x", "mixed", first)] if mixed else []),
             *(System(f"extractive_{f:g}x", "extractive", f, extractor=extractor) for f in factors if extractor)]
-
-
-def possible_factors(compressor: Compressor, wanted: Sequence[float] = (4, 8, 16)) -> list[float]:
-    """Those of the factors that the compressor can make; its own where it can make none of them."""
-    possible = []
-    for factor in wanted:
-        try:
-            compressor.num_slots(compressor.max_chunk_tokens, factor)
-        except InputError:
-            continue
-        possible.append(factor)
-    return possible or [compressor.compression_factor]
 
 
 PREROLLED = System("4x_prerolled", "prerolled", 4.0)
@@ -162,7 +158,8 @@ class Comparison:
             known[key(chunk, "exact")] = span
         seconds = time.perf_counter() - begin
         for chunk in {c.id: c for c in chunks if key(c, system.codec) not in known}.values():
-            known[key(chunk, system.codec)] = span_from_bytes(span_to_bytes(known[key(chunk, "exact")], system.codec))
+            stored = span_to_bytes(known[key(chunk, "exact")], codec_named(system.codec))
+            known[key(chunk, system.codec)] = span_from_bytes(stored)
         if new:
             work = self.work.setdefault(system.name, Work())
             work.chunks += len(new)
@@ -178,7 +175,11 @@ class Comparison:
         if system.kind not in ("spans", "mixed"):
             return None
         exact = self._made(replace(system, codec="exact"), chunks)
-        return sum(len(span_to_bytes(s, system.codec)) for s in exact) / tokens
+        return sum(len(span_to_bytes(s, codec_named(system.codec))) for s in exact) / tokens
+
+    def replace_spans(self, factor: float, spans: Sequence[MemorySpan]) -> None:
+        """Answer from these spans of their chunks at a factor from now on."""
+        self._spans |= {(id(self.compressor), s.chunk_id, factor, "exact"): s for s in spans}
 
     def prompt(self, system: System, question: Question) -> list[Part]:
         """The prompt that a system sees."""

@@ -2,6 +2,7 @@
 
     index.json                what the spans are, who may read them (written last: its presence makes a folder an index)
     delimiters.safetensors    the compressor's delimiter embeddings, if it has any
+    codec-<digest>.safetensors    what a codec has learned, if it learns; see tables.py
     spans.lance/              chunks, vectors and spans; see span_store.py
     faiss-<version>.bin, CURRENT.json    a copy of the vectors for search; see vectors.py
     writer.lock               locked while somebody writes; holds the writer's process id
@@ -72,12 +73,13 @@ def disk_full_error(path: Path, what: str) -> IndexFolderError:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `index.json` says."""
+    """What `index.json` says. `codec_tables`: digest of what the codec has learned, "" for nothing (yet)."""
 
     spec: SpanSpec
     vector_size: int
     retrieval_encoder: str
     codec: str = "exact"
+    codec_tables: str = ""
 
     def write(self, folder: Path) -> None:
         if self.spec.delimiters:
@@ -91,6 +93,7 @@ class Manifest:
             "vector_size": self.vector_size,
             "retrieval_encoder": self.retrieval_encoder,
             "codec": self.codec,
+            "codec_tables": self.codec_tables,
         }
         write_file(folder / MANIFEST, json.dumps(data, indent=2).encode() + b"\n")
 
@@ -130,7 +133,7 @@ class Manifest:
             delimiters = safetensors.torch.load((folder / DELIMITERS).read_bytes()) if stated else {}
             spec = SpanSpec.from_dict(data["spec"], delimiters)
             manifest = cls(spec, int(data["vector_size"]), str(data["retrieval_encoder"]),
-                           codec_named(data.get("codec", "exact")).name)
+                           codec_named(data.get("codec", "exact")).name, str(data.get("codec_tables", "")))
         except IndexFolderError:
             raise
         except (CtxcompError, OSError, ValueError, KeyError, TypeError, AttributeError,

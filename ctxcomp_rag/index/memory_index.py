@@ -7,7 +7,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, IndexFolderError, InputError
-from ctxcomp_rag.index.codecs import codec_named
+from ctxcomp_rag.index.codecs import DEFAULT_CODECS, Codec, codec_named
 from ctxcomp_rag.index.folder import (
     DELIMITERS,
     TABLE,
@@ -28,13 +28,14 @@ from ctxcomp_rag.index.folder import (
 )
 from ctxcomp_rag.index.inputs import checked_vectors, places_of_chunks
 from ctxcomp_rag.index.pins import VersionPin, pinned_versions
-from ctxcomp_rag.index.rows import Row
+from ctxcomp_rag.index.rows import Row, codec_for
 from ctxcomp_rag.index.span_store import (
     SpanTable,
     manifest_files,
     remove_torn_manifests,
     set_aside_torn_manifests,
 )
+from ctxcomp_rag.index.tables import read_tables, write_tables
 from ctxcomp_rag.index.texts import TextTable
 from ctxcomp_rag.index.vectors import CURRENT, VectorIndex, best_of, normalised
 from ctxcomp_rag.index.verify import VerifyReport, check_rows, check_vectors
@@ -94,18 +95,19 @@ class MemoryIndex:
 
     @classmethod
     def create(cls, path: str | Path, spec: SpanSpec, *, vector_size: int, retrieval_encoder: str,
-               codec: str = "exact") -> Self:
+               codec: str | None = None) -> Self:
         """Make an empty index in a new or empty folder.
 
         Args:
-            codec: "exact", or one of the codecs that store spans in fewer bytes at a stated error.
+            codec: "exact", or one of the codecs that store spans in fewer bytes at a stated error [default: that of
+                the kind of span, see `ctxcomp_rag.index.codecs.DEFAULT_CODECS`].
 
         Raises:
             InputError: there is no such codec, or vector_size is below 1.
             IndexFolderError: something is there already, or the folder cannot be written.
         """
         path = Path(path).absolute()
-        codec_named(codec)
+        codec = codec_named(codec or DEFAULT_CODECS[spec.kind]).name
         if vector_size < 1:
             raise InputError(f"expected vector_size of at least 1, got {vector_size}")
         if path.exists() and not path.is_dir():
@@ -217,8 +219,9 @@ class MemoryIndex:
             self._begin_writing()
             fresh = [i for chunk_id, i in rows.items() if chunk_id not in self._table.rows]
             if fresh:
-                made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32), self.codec) for i in fresh]
-                what = f"none of the {len(made)} chunks of this batch was committed to {self.path}"
+                what = f"none of the {len(fresh)} chunks of this batch was committed to {self.path}"
+                codec = self._codec_for([spans[i] for i in fresh], what)
+                made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32), codec) for i in fresh]
                 self._append(made, what)
         return AddReport(len(fresh), len(chunks) - len(fresh))
 
@@ -271,12 +274,34 @@ class MemoryIndex:
         with self._writing:
             self._begin_writing()
             old = [self._table.rows[chunk_id] for chunk_id in places if chunk_id in self._table.rows]
-            made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32), self.codec)
-                    for i in places.values()]
-            if made:
-                what = f"none of the {len(made)} chunks was replaced in {self.path}"
+            if places:
+                what = f"none of the {len(places)} chunks was replaced in {self.path}"
+                codec = self._codec_for([spans[i] for i in places.values()], what)
+                made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32), codec)
+                        for i in places.values()]
                 self._write(made, old, what,
                             lambda: self._table.replace(old, unreadable_files, made, self.vector_size))
+
+    def _codec_for(self, spans: Sequence[MemorySpan], what: str) -> Codec:
+        """The codec of this index; one that learns does so from the first spans that an index gets."""
+        codec = codec_named(self.codec)
+        if not codec.learns:
+            return codec
+        known = Manifest.read(self.path).codec_tables  # another writer may have been first
+        try:
+            if known:
+                return codec.with_tables(read_tables(self.path, known))
+        except IndexDamagedError:
+            if len(self):  # the spans of an empty index can no longer miss them
+                raise
+        learned = codec_for(codec, spans)
+
+        def write() -> None:
+            digest = write_tables(self.path, learned.tables)
+            replace(Manifest.read(self.path), codec_tables=digest).write(self.path)
+
+        self._on_disk(write, what, sum(table.nbytes for table in learned.tables.values()))
+        return learned
 
     def _write(self, made: Sequence[Row], old: Sequence[int], what: str, commit: Callable[[], SpanTable]) -> None:
         size = sum(len(row.span) + row.vector.nbytes + len(row.chunk.text) for row in made)
@@ -299,6 +324,11 @@ class MemoryIndex:
     def intact_texts_of_unreadable_files(self) -> dict[str, list[tuple[Chunk, int]]]:
         """Data file that cannot be read -> (chunk, slots) of all its chunks, where all their texts can be."""
         return self._reading(lambda table: table.texts_of_unreadable())
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether the codec is still to learn, from the spans of the first `add`: the more they are, the better."""
+        return codec_named(self.codec).learns and not len(self)
 
     def missing(self, chunk_ids: Iterable[str]) -> set[str]:
         """Those of the given chunk ids that are not in the index: what a resumed job still has to do."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError, InputError
-from ctxcomp_rag.index.codecs import CODECS, Role, codec_named
+from ctxcomp_rag.index.codecs import CODECS, Codec, Role, Tables, as_rows, codec_named
 from ctxcomp_rag.index.stored_tensors import stored_tensors
+from ctxcomp_rag.index.tables import tables_digest
 from ctxcomp_rag.spans import KVSpan, LatentSpan, MemorySpan, SoftSpan, SpanKind
 
 if TYPE_CHECKING:
@@ -36,32 +37,62 @@ _STORED: dict[SpanKind, tuple[type[SoftSpan | KVSpan | LatentSpan], tuple[Role, 
 # ---- a span as bytes -------------------------------------------------------------------------------------------
 
 
-def span_to_bytes(span: MemorySpan, codec: str = "exact") -> bytes:
+EXACT = CODECS["exact"]
+
+
+def latent_tensors(span: MemorySpan) -> dict[Role, Tensor]:
+    """The tensors of a span that a codec stores, by role; raises InputError for a span that cannot be stored."""
+    if not isinstance(span, SoftSpan | KVSpan | LatentSpan):
+        raise InputError(f"expected a SoftSpan, a KVSpan or a LatentSpan, got {type(span).__name__}")
+    return {role: getattr(span, role) for role in _STORED[span.kind][1]}
+
+
+def codec_for(codec: Codec, spans: Sequence[MemorySpan]) -> Codec:
+    """The codec with tables learned from these spans, where it learns; raises InputError where they are too few."""
+    if not codec.learns:
+        return codec
+    if not spans:
+        raise InputError(f"the codec {codec.name!r} learns from the first spans of an index, got none")
+    tensors = [latent_tensors(span) for span in spans]
+    return codec.learn({role: torch.cat([as_rows(t[role].cpu()) for t in tensors]) for role in tensors[0]})
+
+
+def span_to_bytes(span: MemorySpan, codec: Codec = EXACT) -> bytes:
     """A safetensors file: the tensors as the codec leaves them, the rest as JSON in its header.
 
     Inverse: `span_from_bytes`; bit for bit with the codec "exact".
     """
-    if not isinstance(span, SoftSpan | KVSpan | LatentSpan):
-        raise InputError(f"expected a SoftSpan, a KVSpan or a LatentSpan, got {type(span).__name__}")
-    latent: dict[Role, Tensor] = {role: getattr(span, role) for role in _STORED[span.kind][1]}
-    chosen = codec_named(codec)
+    latent = latent_tensors(span)
     tensors = {"positions": span.positions.cpu().clone()}
     if isinstance(span, KVSpan) and span.kept is not None:
         tensors["kept"] = span.kept.cpu().clone()
+    if isinstance(span, SoftSpan) and span.order is not None:
+        tensors["order"] = span.order.cpu().to(torch.int32)
     for role, tensor in latent.items():
-        if codec != "exact" and not bool(tensor.isfinite().all()):
-            raise InputError(f"expected finite {role} in the span {span.chunk_id!r} for codec {codec!r}, "
+        if codec is not EXACT and not bool(tensor.isfinite().all()):
+            raise InputError(f"expected finite {role} in the span {span.chunk_id!r} for codec {codec.name!r}, "
                              "got nan or inf")
-        pieces = chosen.encode(tensor.cpu(), role)
+        pieces = codec.encode(tensor.cpu(), role)
         tensors |= {f"{role}.{name}" if name else role: piece.contiguous() for name, piece in pieces.items()}
     about = {"kind": span.kind, "chunk_id": span.chunk_id, "num_source_tokens": span.num_source_tokens,
-             "num_positions": span.num_positions, "codec": codec,
+             "num_positions": span.num_positions, "codec": codec.name,
              "latent": {role: [list(t.shape), str(t.dtype).removeprefix("torch.")] for role, t in latent.items()}}
+    if span.retention:
+        about["retention"] = dict(span.retention)
+    if codec.tables:
+        about["tables"] = tables_digest(codec.tables)
     return safetensors.torch.save(tensors, metadata={"span": json.dumps(about)})
 
 
-def span_from_bytes(data: bytes) -> MemorySpan:
+def _no_tables(digest: str) -> Tables:
+    raise ValueError(f"it was stored with the tables {digest}")
+
+
+def span_from_bytes(data: bytes, tables_of: Callable[[str], Tables] = _no_tables) -> MemorySpan:
     """
+    Args:
+        tables_of: digest -> tables, for spans of a codec that learns.
+
     Raises:
         ValueError: these are not the bytes of a span.
     """
@@ -69,11 +100,15 @@ def span_from_bytes(data: bytes) -> MemorySpan:
         tensors = stored_tensors(data)
         (length,) = struct.unpack_from("<Q", data)
         about = json.loads(json.loads(bytes(memoryview(data)[8 : 8 + length]))["__metadata__"]["span"])
-        latent = {role: _decoded(tensors, about, role) for role in about.get("latent", {})} or tensors
+        codec = codec_named(about.get("codec", EXACT.name))
+        if "tables" in about:
+            codec = codec.with_tables(tables_of(about["tables"]))
+        latent = {role: _decoded(codec, tensors, about, role) for role in about.get("latent", {})} or tensors
         common = (about["chunk_id"], about["num_source_tokens"], tensors["positions"], about["num_positions"])
         cls, roles = _STORED[about["kind"]]
-        extra: dict[str, Any] = {"kept": tensors["kept"]} if "kept" in tensors else {}
-        return cls(*common, *(latent[role] for role in roles), **extra)
+        extra: dict[str, Any] = {name: tensors[name] for name in ("kept", "order") if name in tensors}
+        retention = {int(n): float(share) for n, share in about.get("retention", {}).items()}
+        return cls(*common, *(latent[role] for role in roles), **extra, retention=retention)
     except (safetensors.SafetensorError, struct.error, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"not a memory span: {error}") from error
 
@@ -89,10 +124,10 @@ def _relabelled(data: bytes, chunk_id: str) -> bytes:
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
-def _decoded(tensors: Mapping[str, Tensor], about: Mapping[str, Any], role: Role) -> Tensor:
+def _decoded(codec: Codec, tensors: Mapping[str, Tensor], about: Mapping[str, Any], role: Role) -> Tensor:
     shape, dtype = about["latent"][role]
     pieces = {name[len(role) :].removeprefix("."): t for name, t in tensors.items() if name.split(".")[0] == role}
-    return CODECS[about["codec"]].decode(pieces, role, tuple(shape), getattr(torch, dtype))
+    return codec.decode(pieces, role, tuple(shape), getattr(torch, dtype))
 
 
 # ---- a row -----------------------------------------------------------------------------------------------------
@@ -121,7 +156,7 @@ class Row:
     num_source_tokens: int
 
     @classmethod
-    def make(cls, chunk: Chunk, span: MemorySpan, vector: NDArray[np.float32], codec: str = "exact") -> Row:
+    def make(cls, chunk: Chunk, span: MemorySpan, vector: NDArray[np.float32], codec: Codec = EXACT) -> Row:
         metadata = metadata_to_json(chunk.metadata, chunk.id)
         return cls(chunk, metadata, vector, span_to_bytes(span, codec), span.num_slots, span.num_source_tokens)
 
@@ -226,10 +261,11 @@ def checked_bytes(row: Mapping[str, Any], vector: NDArray[np.float32]) -> Row:
     return stored
 
 
-def checked_row(row: Mapping[str, Any], vector: NDArray[np.float32]) -> tuple[Chunk, MemorySpan]:
+def checked_row(row: Mapping[str, Any], vector: NDArray[np.float32],
+                tables_of: Callable[[str], Tables] = _no_tables) -> tuple[Chunk, MemorySpan]:
     stored = checked_bytes(row, vector)
     try:
-        span = span_from_bytes(stored.span)
+        span = span_from_bytes(stored.span, tables_of)
         if span.chunk_id != stored.chunk.id:
             raise ValueError(f"the span stored with it belongs to chunk {span.chunk_id!r}")
     except (ValueError, TypeError) as error:

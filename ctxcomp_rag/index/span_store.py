@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -37,6 +37,7 @@ from ctxcomp_rag.index.rows import (
     row_to_chunk,
     rows_to_arrow,
 )
+from ctxcomp_rag.index.tables import read_tables
 from ctxcomp_rag.spans import MemorySpan
 
 if TYPE_CHECKING:
@@ -273,7 +274,9 @@ class SpanTable:
         Raises:
             IndexDamagedError: names the chunk whose bytes are not those that were written.
         """
-        return {row["_rowid"]: (*checked_row(row, vector), vector) for row, vector in self._whole_rows(row_ids)}
+        tables_of = partial(read_tables, self.path.parent)
+        return {row["_rowid"]: (*checked_row(row, vector, tables_of), vector)
+                for row, vector in self._whole_rows(row_ids)}
 
     def stored_rows(self, row_ids: Sequence[int]) -> dict[int, Row]:
         """Row id -> the row as it is stored; raises IndexDamagedError as `read_rows` does."""

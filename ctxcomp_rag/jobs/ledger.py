@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _COMMIT_BYTES = 64 * 2**20
+_LEARN_FROM = 10_000  # slots of the first commit to an index whose codec learns; faiss asks for 39 x 256
 _SHORTEST_PAUSE = 2.0  # seconds between commits of little
 _WRITE_SHARE = 0.04  # of the job's time: a commit of little waits until writing has taken less
 
@@ -82,7 +83,7 @@ class Ledger:
         self._originals: dict[bytes, str] = {}  # digest of a text -> the chunk that has its span
         self._copies: list[tuple[Chunk, str]] = []
         self._made: dict[str, tuple[Chunk, MemorySpan, NDArray[np.float32]]] = {}
-        self._made_bytes = 0
+        self._made_bytes = self._made_slots = 0
         self._changed: set[str] = set()
         self._stale: set[str] = set()
 
@@ -173,6 +174,7 @@ class Ledger:
                 self._fail(chunk, row["reason"])
                 continue
             self._made[chunk.id] = chunk, span_from_bytes(row["span"]), vector
+            self._made_slots += self._made[chunk.id][1].num_slots
             self._made_bytes += len(row["span"])
             self.counts.compressed += 1
 
@@ -205,6 +207,8 @@ class Ledger:
     @property
     def due(self) -> bool:
         """Whether it is time to commit."""
+        if self.memory.is_learning and self._made_slots < _LEARN_FROM:
+            return False
         now = time.perf_counter()
         affordable = self.counts.write_seconds <= _WRITE_SHARE * (now - self._began)
         return self._made_bytes >= _COMMIT_BYTES or (affordable and now - self._last_commit >= _SHORTEST_PAUSE)
@@ -216,8 +220,8 @@ class Ledger:
             chunks, spans, vectors = zip(*self._made.values(), strict=True)
             self._delete_changed(chunks)
             self.counts.added += self.memory.add(chunks, spans, np.stack(vectors), spec=self.compressor.spec).added
-            self.counts.slots += sum(span.num_slots for span in spans)
-            self._made, self._made_bytes = {}, 0
+            self.counts.slots += self._made_slots
+            self._made, self._made_bytes, self._made_slots = {}, 0, 0
             for chunk in chunks:
                 self._finish(chunk)
         self._commit_copies()

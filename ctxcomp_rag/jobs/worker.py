@@ -21,6 +21,7 @@ from ctxcomp_rag.compressors import Compressor, load_trained_compressor
 from ctxcomp_rag.errors import CtxcompError, IncompatibleSpanError
 from ctxcomp_rag.index.inputs import places_of_chunks
 from ctxcomp_rag.index.rows import CHUNK_COLUMNS, metadata_to_json, row_to_chunk, span_to_bytes
+from ctxcomp_rag.retention import with_retention
 from ctxcomp_rag.retrieval import Embeddings, RetrievalEncoder, embed_texts, load_retrieval_encoder
 from ctxcomp_rag.spans import MemorySpan
 
@@ -45,7 +46,8 @@ class WorkerSettings:
     """What a worker in another process loads; every field can be sent there.
 
     Attributes:
-        model, compressor, budget, latent: see `CompressedRAG.create`; folders as they are seen from the worker.
+        model, compressor, budget, latent, retention, target_retention: see `CompressedRAG.create`; folders as they are
+            seen from the worker.
         dtype: of the decoder's weights, so that spans are the same wherever they are made.
         encoder: name of the retrieval encoder.
         factor: compression factor; None for the compressor's own.
@@ -61,6 +63,8 @@ class WorkerSettings:
     factor: float | None = None
     budget: str | None = None
     latent: bool = False
+    retention: bool = False
+    target_retention: float | None = None
     device: str | None = None
 
     def with_absolute_paths(self) -> WorkerSettings:
@@ -85,6 +89,7 @@ class WorkerSettings:
                 f"a worker loaded the compressor {compressor.spec.compressor} for {compressor.spec.decoder}, which "
                 f"makes other spans than the index holds (fingerprint {compressor.spec.fingerprint} instead of "
                 f"{self.fingerprint}); put the same files on every machine")
+        compressor = with_retention(compressor, measured=self.retention, target=self.target_retention)
         return compressor, load_retrieval_encoder(self.encoder, device=self.device)
 
 

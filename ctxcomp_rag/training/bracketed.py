@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -67,7 +68,7 @@ class _Objective:
 class BracketedAutoencoding(_Objective):
     """The decoder repeats the context, in its own ids."""
 
-    def from_example(self, example: Example) -> BracketedSample:
+    def from_example(self, example: Example, rng: random.Random) -> BracketedSample:
         made = autoencoding_sample(self.context(example), self.decoder_ids(example.context), self.end_id)
         return replace(made, head_ids=self.head_ids, factor=self.factor)
 
@@ -75,7 +76,7 @@ class BracketedAutoencoding(_Objective):
 class BracketedContinuation(_Objective):
     """The decoder goes on after the context."""
 
-    def from_example(self, example: Example) -> BracketedSample:
+    def from_example(self, example: Example, rng: random.Random) -> BracketedSample:
         made = continuation_sample(self.context(example), self.decoder_ids(example.continuation), self.end_id)
         return replace(made, head_ids=self.head_ids, factor=self.factor)
 
@@ -87,7 +88,7 @@ class BracketedQuestion(_Objective):
         super().__init__(compressor, factor)
         self.spec = compressor.spec  # once: it hashes the weights, and the layout does not depend on them
 
-    def from_example(self, example: Example) -> BracketedSample:
+    def from_example(self, example: Example, rng: random.Random) -> BracketedSample:
         backbone, here = self.compressor.backbone, Delimiter(self.spec.delimiters["before"])
         parts = prompt_parts(backbone, example.question, [[here]], self.spec)
         at = next(i for i, part in enumerate(parts) if part is here)

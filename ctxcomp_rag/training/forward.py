@@ -20,7 +20,7 @@ def training_loss(compressor: ICAECompressor, sample: TrainingSample) -> tuple[T
         InputError: the prompt has another number of slots than the context gives, or slots that are not in a row.
     """
     backbone = compressor.backbone
-    slots = compressor.encode([sample.context_ids])[0]
+    slots = compressor.encode([sample.context_ids], compression_factor=sample.compression_factor)[0]
     embeds, positions = _decoder_inputs(compressor, sample, slots)
     # the mask is always passed: without one, positions that jump are taken for several packed sequences
     logits: Tensor = backbone.model(
@@ -42,7 +42,7 @@ def _decoder_inputs(compressor: ICAECompressor, sample: TrainingSample, slots: T
     ids, backbone = SampleIds.of(compressor), compressor.backbone
     prompt = torch.tensor(sample.prompt_ids, device=backbone.device)
     at = (prompt == ids.first_memory).nonzero().flatten()
-    places, num_positions = compressor.span_positions(len(sample.context_ids))
+    places, num_positions = compressor.span_positions(len(sample.context_ids), sample.compression_factor)
     if at.numel() != len(places) or int(at[-1] - at[0]) + 1 != len(places):
         raise InputError(f"a context of {len(sample.context_ids)} tokens gives {len(places)} slots in a row; the "
                          f"prompt of the sample has {at.numel()} places for them, from {at[:1].tolist()} "

@@ -10,6 +10,7 @@ Layouts and numbering are those of the official ICAE v2 code.
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,14 +63,16 @@ class TrainingSample:
         context_ids: what the compressor reads.
         prompt_ids: what the decoder reads; every slot's place holds the first memory id.
         labels: same length; the id to be predicted, or IGNORED.
+        compression_factor: of the slots; None for the compressor's own.
     """
 
     context_ids: tuple[int, ...]
     prompt_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    compression_factor: float | None = None
 
 
-class _Objective:
+class _Objective(ABC):
     def __init__(self, compressor: ICAECompressor, *, end_id: int | None = None) -> None:
         self.compressor = compressor
         self.ids = SampleIds.of(compressor)
@@ -80,6 +83,25 @@ class _Objective:
 
     def _context(self, example: Example) -> list[int]:
         return [*self.compressor.config.context_ids, *self.encode(example.context)]
+
+    @abstractmethod
+    def whole(self, example: Example) -> TrainingSample:
+        """An example with all slots of its context."""
+
+    def from_example(self, example: Example, rng: random.Random) -> TrainingSample:
+        """An example; for a nested compressor the decoder sees the slots of a factor that is drawn."""
+        sample, nested = self.whole(example), self.compressor.config.nested
+        return self.read_at(sample, rng.choice(nested)) if nested else sample
+
+    def read_at(self, sample: TrainingSample, compression_factor: float) -> TrainingSample:
+        """The same sample with as many slots as the context has at this factor."""
+        begin, slots = sample.prompt_ids.index(self.ids.first_memory), sample.prompt_ids.count(self.ids.first_memory)
+        fewer = len(self.compressor.span_positions(len(sample.context_ids), compression_factor)[0])
+
+        def cut(ids: tuple[int, ...]) -> tuple[int, ...]:
+            return ids[: begin + fewer] + ids[begin + slots :]
+
+        return TrainingSample(sample.context_ids, cut(sample.prompt_ids), cut(sample.labels), compression_factor)
 
     def _slots(self, context_ids: Sequence[int]) -> list[int]:
         if not context_ids:
@@ -98,7 +120,7 @@ class AutoencodingObjective(_Objective):
     def sample(self, context_ids: Sequence[int]) -> TrainingSample:
         return _sample(context_ids, [*self._slots(context_ids), self.ids.reconstruct], [*context_ids, self.end_id])
 
-    def from_example(self, example: Example) -> TrainingSample:
+    def whole(self, example: Example) -> TrainingSample:
         """The whole context, with the BOS that the compressor's layout has before a text."""
         return self.sample(self._context(example))
 
@@ -131,7 +153,7 @@ class ContinuationObjective(_Objective):
         prompt = self._slots(context_ids) + ([self.ids.continue_] if self.with_token else [])
         return _sample(context_ids, prompt, continuation_ids[: self.max_tokens], unlabelled=self.leave_tokens)
 
-    def from_example(self, example: Example) -> TrainingSample:
+    def whole(self, example: Example) -> TrainingSample:
         """The whole context, with the BOS that the compressor's layout has before a text, and its continuation."""
         return self.sample(self._context(example), self.encode(example.continuation))
 
@@ -165,7 +187,7 @@ class InstructionObjective(_Objective):
         prompt = [*self.left_ids, *self._slots(context_ids), self.ids.after, *prompt_ids, *self.right_ids]
         return _sample(context_ids, prompt, [*answer_ids, self.end_id])
 
-    def from_example(self, example: Example) -> TrainingSample:
+    def whole(self, example: Example) -> TrainingSample:
         """Context, question and answer; no BOS before the context, as in the official instruction tuning."""
         return self.sample(self.encode(example.context), self.encode(example.question), self.encode(example.answer))
 

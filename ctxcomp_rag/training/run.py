@@ -143,7 +143,7 @@ def _hold_out(config: TrainConfig, examples: dict[str, list[Example]], trainable
         if not examples[name]:
             raise InputError(f"nothing of the data set {name!r} is left to train on after {len(kept)} examples were "
                              "held out; give more data, or fewer held_out.examples")
-    samples = [Repeating(trainable).from_example(e) for e in kept]
+    samples = [Repeating(trainable).sample(e, [e.context], None) for e in kept]
     return HeldOut(loss, samples, config.held_out.every, config.held_out.patience)
 
 

@@ -11,6 +11,7 @@ gradients through slots and rows.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -87,8 +88,10 @@ class Trainable:
         """(rows (num_slots, hidden_size), their positions, positions of the whole span) of each context."""
         own = self.compressor
         if isinstance(own, PCCCompressor):
-            made = [own.bracketed(slots) for slots in own.encode(contexts)]
-            return [(rows, list(range(len(rows))), len(rows)) for rows in made]
+            padded = own.padded(contexts)
+            made = [own.bracketed(slots, own.config.segments(len(ids), own.factor(factor)))
+                    for ids, slots in zip(padded, own.encode(padded, [factor] * len(padded)), strict=True)]
+            return [(rows, places.tolist(), occupied) for rows, places, occupied in made]
         slots = own.encode(contexts, compression_factor=factor)
         return [(rows, *own.span_positions(len(ids), factor)) for rows, ids in zip(slots, contexts, strict=True)]
 
@@ -121,7 +124,7 @@ class SplicedObjective:
     def __init__(self, trainable: Trainable) -> None:
         self.trainable = trainable
 
-    def from_example(self, example: Example) -> SplicedSample:
+    def from_example(self, example: Example, rng: random.Random) -> SplicedSample:
         return self.sample(example, [example.context], None)
 
     def sample(self, example: Example, contexts: Sequence[str], factor: float | None) -> SplicedSample:

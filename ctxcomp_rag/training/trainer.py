@@ -39,7 +39,7 @@ CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 class Objective(Protocol):
     """Turns an example into a training sample, which has `labels` and is otherwise known to the loss only."""
 
-    def from_example(self, example: Example) -> Any: ...
+    def from_example(self, example: Example, rng: random.Random) -> Any: ...
 
 
 SummedLoss = Callable[[Sequence[Any]], Tensor]
@@ -59,7 +59,7 @@ class Source:
 
     def draw(self, rng: random.Random) -> Any:
         """A training sample."""
-        return self.objective.from_example(rng.choice(self.examples))
+        return self.objective.from_example(rng.choice(self.examples), rng)
 
     def described(self) -> dict[str, Any]:
         """What decides the samples, JSON-ready, the data as a digest."""

@@ -8,8 +8,9 @@ import torch
 from ctxcomp_rag.chunking import Chunk, Document, split_document
 from ctxcomp_rag.compressors.icae import ICAECompressor, ICAEConfig
 from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings
+from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.home_ground import chunk_with
-from ctxcomp_rag.evaluation.systems import PREROLLED, Comparison, Question, default_systems
+from ctxcomp_rag.evaluation.systems import PREROLLED, Comparison, Question, default_systems, further_systems
 from ctxcomp_rag.evaluation.timing import cache_bytes, time_to_first_token
 from tests.tiny_models import tiny_backbone
 
@@ -64,3 +65,8 @@ def test_timing_measures_every_prompt_and_bytes_follow_the_shape() -> None:
     assert set(times) == {"short", "long"}
     assert min(times.values()) > 0
     assert cache_bytes(decoder, 10) == 2 * 2 * 2 * 8 * 4 * 10  # keys+values, layers, kv heads, head size, fp32, 10
+
+
+def test_a_codec_that_learns_from_an_index_is_no_system() -> None:
+    with pytest.raises(InputError, match=r"the codec 'pq2' learns from the first spans of an index, .* ctxcomp codecs"):
+        further_systems({}, [4.0], codecs=["int8", "pq2"])

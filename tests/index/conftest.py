@@ -98,5 +98,5 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def index(path: Path) -> Iterator[MemoryIndex]:
-    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="minilm") as index:
+    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="minilm", codec="exact") as index:
         yield index

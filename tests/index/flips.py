@@ -57,7 +57,8 @@ DELETED = (2, 12)
 def make_index_of_every_file_kind(path: Path) -> None:
     """Two commits, a deletion and a snapshot."""
     corpus = corpus_with_large_spans()
-    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="random") as index:
+    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="random",
+                            codec="exact") as index:
         corpus.add_to(index, slice(0, 10))
         corpus.add_to(index, slice(10, 20))
         index.delete(chunk_ids=[corpus.ids[i] for i in DELETED])

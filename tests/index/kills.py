@@ -81,7 +81,7 @@ def kill_writers(path: Path, kills: int, seed: int) -> KillReport:
     rng = random.Random(seed)
     report = KillReport()
     took: dict[str, list[float]] = defaultdict(lambda: [0.03])
-    MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="random").close()
+    MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="random", codec="exact").close()
     live: set[int] = set()
     for turn in range(kills):
         ours, theirs = context.Pipe(duplex=False)

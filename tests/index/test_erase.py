@@ -57,7 +57,7 @@ def test_nothing_of_a_deleted_chunk_is_in_any_file(path: Path, slots: int, words
     gone = [bytes_of(corpus.chunks[i], corpus.spans[i], corpus.vectors[i]) for i in DELETED]  # type: ignore[arg-type]
     left = [i for i in range(20) if i not in DELETED]
     rest = Corpus([corpus.chunks[i] for i in left], [corpus.spans[i] for i in left], corpus.vectors[left])
-    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e") as index:
+    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e", codec="exact") as index:
         corpus.add_to(index, slice(0, 10))
         corpus.add_to(index, slice(10, 20))
         index.compact()  # the snapshot on disk holds all vectors now
@@ -77,7 +77,7 @@ def test_nothing_of_a_deleted_chunk_is_in_any_file(path: Path, slots: int, words
 def test_what_a_reader_still_has_open_stays_until_it_is_erased(path: Path) -> None:
     corpus = make_corpus(10)
     secret = corpus.chunks[0].text.encode()
-    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e") as index:
+    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e", codec="exact") as index:
         corpus.add_to(index)
         with MemoryIndex.open(path, read_only=True) as reader:
             index.delete(chunk_ids=corpus.ids[:1])

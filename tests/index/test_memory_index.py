@@ -69,7 +69,8 @@ def test_bf16_and_kv_spans_come_back_bit_for_bit(tmp_path: Path) -> None:
     for name, spec, make in (("soft", SOFT, soft_span), ("kv", KV, kv_span)):
         spans = [make(c, i, torch.bfloat16) for i, c in enumerate(corpus.chunks)]
         made = Corpus(corpus.chunks, spans, corpus.vectors)
-        with MemoryIndex.create(tmp_path / name, spec, vector_size=VECTOR_SIZE, retrieval_encoder="e") as index:
+        with MemoryIndex.create(tmp_path / name, spec, vector_size=VECTOR_SIZE, retrieval_encoder="e",
+                                codec="exact") as index:
             made.add_to(index, spec=spec)
         with MemoryIndex.open(tmp_path / name) as index:
             assert_holds(index, made)
@@ -510,7 +511,8 @@ def test_a_torn_data_file_costs_only_its_own_chunks(stored: Path) -> None:
 def test_a_torn_file_of_large_spans_names_their_chunks(tmp_path: Path) -> None:
     chunks = make_corpus(3).chunks
     spans = [SoftSpan(c.id, 8, torch.arange(3000), 3000, torch.randn(3000, 16)) for c in chunks]
-    with MemoryIndex.create(tmp_path / "kb", SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e") as index:
+    with MemoryIndex.create(tmp_path / "kb", SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e",
+                            codec="exact") as index:
         Corpus(chunks, spans, CORPUS.vectors[:3]).add_to(index)
     (blob,) = (tmp_path / "kb").rglob("*.blob")
     os.truncate(blob, blob.stat().st_size - 1000)
@@ -571,7 +573,8 @@ def test_a_search_snapshot_only_saves_time(stored: Path, tmp_path: Path, harm: s
         for name, data in before.items():
             (stored / name).write_bytes(data)
     else:
-        with MemoryIndex.create(tmp_path / "b", SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e") as other:
+        with MemoryIndex.create(tmp_path / "b", SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e",
+                                codec="exact") as other:
             make_corpus(20, seed=1).add_to(other)
         for file in ((tmp_path / "b" / "CURRENT.json"), *(tmp_path / "b").glob("faiss-*.bin")):
             shutil.copy(file, stored)
@@ -603,7 +606,7 @@ def test_a_full_disk_loses_nothing_and_resumes(small_disk: Path) -> None:
     corpus = Corpus(chunks, spans, CORPUS.vectors[:12])
     path = small_disk / "kb"
     held = 0
-    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e") as index:
+    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e", codec="exact") as index:
         with pytest.raises(IndexFolderError) as raised:  # noqa: PT012
             for start in range(0, 12, 2):
                 corpus.add_to(index, slice(start, start + 2))

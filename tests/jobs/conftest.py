@@ -73,7 +73,8 @@ def compressor() -> HashCompressor:
 
 @pytest.fixture
 def memory(tmp_path: Path, compressor: HashCompressor) -> Iterator[MemoryIndex]:
-    with MemoryIndex.create(tmp_path / "kb", compressor.spec, vector_size=26, retrieval_encoder="letters") as index:
+    with MemoryIndex.create(tmp_path / "kb", compressor.spec, vector_size=26, retrieval_encoder="letters",
+                            codec="exact") as index:
         yield index
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from ctxcomp_rag.backbone import load_frozen
 from ctxcomp_rag.chunking import Document, split_document
+from ctxcomp_rag.compressors import load_trained_compressor
 from ctxcomp_rag.errors import IndexLockedError, InputError
 from ctxcomp_rag.index import MemoryIndex
-from ctxcomp_rag.jobs import IndexReport, Progress, SpanWorker, Stop, ThreadWorker, precompress
+from ctxcomp_rag.jobs import IndexReport, Progress, SpanWorker, Stop, ThreadWorker, ledger, precompress
+from ctxcomp_rag.retention import MeasuringCompressor
 from tests.jobs.conftest import POISON, HashCompressor, documents
 from tests.tiny_models import LetterCounts
 
@@ -137,3 +141,25 @@ def test_a_lossy_index_gives_a_copy_the_very_codes_of_its_original(tmp_path: Pat
             batch_tokens=32)
         one, two = (memory.get(list(memory.chunk_ids(name)))[0].span for name in ("a", "b"))
         assert torch.equal(one.embeds, two.embeds)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("enough", "once"), [(8, False), (10_000, True)])
+def test_a_codec_that_learns_is_given_enough_spans_to_learn_from(
+        tmp_path: Path, compressor: HashCompressor, monkeypatch: pytest.MonkeyPatch, enough: int, once: bool) -> None:
+    monkeypatch.setattr(ledger, "_SHORTEST_PAUSE", 0.0)
+    monkeypatch.setattr(ledger, "_WRITE_SHARE", math.inf)
+    monkeypatch.setattr(ledger, "_LEARN_FROM", enough)
+    seen: list[Progress] = []
+    with MemoryIndex.create(tmp_path / "pca", compressor.spec, vector_size=26, retrieval_encoder="letters",
+                            codec="pca3") as memory:
+        report = run(documents(60), memory, compressor, batch_tokens=32, progress=seen.append)
+        assert (report.added, len(memory)) == (report.chunks, report.chunks)
+        assert (len(seen) == 1) == once
+        assert memory.verify().ok
+
+
+def test_a_factor_beside_a_target_retention_is_refused_before_anything_is_compressed(memory: MemoryIndex) -> None:
+    measuring = MeasuringCompressor(load_trained_compressor("icae", load_frozen("embedded")), 0.9)
+    worker = ThreadWorker(SpanWorker(measuring, LetterCounts(), factor=8))
+    with pytest.raises(InputError, match=r"the factor 8 and the target retention 0.9 both say how many slots"):
+        precompress(documents(1), memory, measuring, worker, factor=8)

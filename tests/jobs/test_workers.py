@@ -14,7 +14,8 @@ from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors import load_trained_compressor
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError
 from ctxcomp_rag.index.rows import span_from_bytes
-from ctxcomp_rag.jobs import ProcessWorkers, WorkerSettings
+from ctxcomp_rag.jobs import LoadingSpanWorker, ProcessWorkers, WorkerSettings
+from ctxcomp_rag.jobs.worker import chunks_to_table
 from ctxcomp_rag.jobs.workers import device_of
 from ctxcomp_rag.retrieval import DEFAULT_ENCODER
 
@@ -51,6 +52,15 @@ def test_a_killed_worker_loses_nothing_and_another_goes_on() -> None:
 def test_a_worker_that_would_make_other_spans_refuses() -> None:
     with pytest.raises(IncompatibleSpanError, match="makes other spans than the index holds"):
         settings(fingerprint="0" * 32).load()
+
+
+@pytest.mark.parametrize("target", [None, 0.01])
+def test_a_worker_measures_what_its_spans_retain(target: float | None) -> None:
+    worker = LoadingSpanWorker(settings(retention=True, target_retention=target))
+    made = [span_from_bytes(row["span"]) for row in worker(chunks_to_table(CHUNKS[:2])).to_pylist()]
+    for span in made:
+        assert set(span.retention) == {span.num_slots}
+        assert span.num_slots == -(-span.num_source_tokens // (16 if target else 4))
 
 
 def test_no_worker_is_refused() -> None:

@@ -126,3 +126,24 @@ def test_refusals(compressor: ICAECompressor) -> None:
     without = replace(sample, prompt_ids=tuple(TEXT), labels=tuple(TEXT))
     with pytest.raises(InputError, match="has 0 places"):
         training_loss(compressor, without)
+
+
+@pytest.mark.parametrize("factor", [4.0, 8.0])
+def test_a_nested_sample_is_trained_on_the_first_slots_of_its_span(factor: float) -> None:
+    """Same logits as splicing the finished span cut to as many slots."""
+    config = replace(CONFIGS["spread"], segment_tokens=48, compression_factor=2.0, nested=(2.0, 4.0, 8.0))
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        nested = ICAECompressor(tiny_backbone("llama"), config)
+    objective = AutoencodingObjective(nested)
+    sample = objective.read_at(objective.sample(TEXT), factor)
+    with torch.no_grad():
+        rows = nested.encode([TEXT])[0]
+        _, logits = training_loss(nested, sample)
+    places, length = nested.span_positions(len(TEXT))
+    order = torch.tensor(config.slot_places(length, len(places))).argsort().argsort()
+    span = SoftSpan("c", len(TEXT), torch.tensor(places), length, rows, order)
+    parts = [span.first(nested.spec.slot_counts(span)[factor]), Delimiter(nested.spec.delimiters["reconstruct"]),
+             TokenIds((*TEXT, 285))]
+    torch.testing.assert_close(logits, FrozenDecoder(nested.backbone).logits(parts), atol=1e-5, rtol=0)
+    assert [x for x in sample.labels if x != -100] == [*TEXT, 285]

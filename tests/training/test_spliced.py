@@ -96,7 +96,7 @@ def test_distillation_is_the_kl_from_the_full_text(trainable: Trainable) -> None
 
 
 def test_a_student_that_reads_what_the_teacher_reads_has_nothing_to_learn(trainable: Trainable) -> None:
-    taught = Distilling(trainable).from_example(EXAMPLE)
+    taught = Distilling(trainable).sample(EXAMPLE, [EXAMPLE.context], None)
     assert taught.teacher is not None
     same = SplicedSample((), (taught.teacher,), taught.labels, teacher=taught.teacher)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_gradients_reach_the_compressor_and_nothing_else(name: str, trainable: T
 def test_the_gradient_is_that_of_finite_differences(trainable: Trainable) -> None:
     compressor = trainable.compressor
     rows = compressor.special_rows if isinstance(compressor, PCCCompressor) else compressor.memory_tokens
-    sample = Distilling(trainable).from_example(EXAMPLE)
+    sample = Distilling(trainable).sample(EXAMPLE, [EXAMPLE.context], None)
     summed_spliced_loss(trainable, [sample]).backward()
     assert rows.grad is not None
     direction = rows.grad / rows.grad.norm()
@@ -163,6 +163,6 @@ def test_what_cannot_be_trained_is_refused(trainable: Trainable) -> None:
         Trainable(InfiniPotCompressor(BACKBONE))
     long = Example("a" * 600, "", "Who?", " x")
     with pytest.raises(InputError, match=r"takes \d+ positions and the decoder has 512; use shorter contexts"):
-        answer_logits(trainable, [OBJECTIVES["autoencoding"](trainable).from_example(long)])
+        answer_logits(trainable, [OBJECTIVES["autoencoding"](trainable).sample(long, [long.context], None)])
 
 

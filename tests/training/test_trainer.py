@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -251,7 +252,7 @@ def test_pcc_objectives_are_the_prompts_of_the_product(layout: PromptLayout | No
                             for s, e in both],
     }
     for objective, expected in prompts.items():
-        samples = [objective(compressor).from_example(e) for e in examples]  # type: ignore[abstract]
+        samples = [objective(compressor).from_example(e, random.Random(0)) for e in examples]  # type: ignore[abstract]
         with torch.no_grad():
             loss = summed_bracketed_loss(compressor, samples).item()
         wanted = sum(by_hand(compressor, parts, [*answer, *end]) for parts, answer in expected)
@@ -262,7 +263,7 @@ def test_icae_objectives_read_the_bos_of_the_layout_except_in_instructions() -> 
     compressor = icae(LAYOUT)
     encode, end, example = BACKBONE.tokenizer.encode, BACKBONE.config.eos_token_id, EXAMPLES[0]
     ids = encode(example.context)
-    samples = {c: c(compressor, **options).from_example(example) for c, options in (
+    samples = {c: c(compressor, **options).from_example(example, random.Random(0)) for c, options in (
         (AutoencodingObjective, {}), (ContinuationObjective, {"max_tokens": 99, "min_tokens": 1, "leave_tokens": 0}),
         (InstructionObjective, {"left_ids": [282], "right_ids": [284]}))}  # type: ignore[arg-type]
     assert [list(s.context_ids) for s in samples.values()] == [[5, *ids], [5, *ids], ids]
@@ -283,3 +284,26 @@ def test_passages_go_on_where_the_one_before_ended() -> None:
     assert all(a.continuation == b.context for a, b in pairwise(found))
     assert text.startswith(found[0].context)
     assert text.endswith(found[-1].continuation)
+
+
+def test_a_nested_compressor_is_trained_at_every_factor_and_by_the_seed_alone(tmp_path: Path) -> None:
+    config = ICAEConfig(num_memory_tokens=4, segment_tokens=48, compression_factor=2.0, slots="proportional",
+                        slot_positions="spread", lora_rank=2, nested=(2.0, 8.0))
+
+    def train(folder: Path) -> ICAECompressor:
+        with torch.random.fork_rng():
+            torch.manual_seed(6)
+            compressor = ICAECompressor(BACKBONE, config)
+        stage = Stage("one", (Source(AutoencodingObjective(compressor), EXAMPLES[:2]),), 2, 4, 0.01)
+        Trainer(compressor, lambda samples: summed_loss(compressor, samples), [stage], folder).run()
+        return compressor
+
+    compressor = train(tmp_path / "a")
+    again = trained(train(tmp_path / "b"))
+    assert all(torch.equal(again[n], p) for n, p in trained(compressor).items())
+    objective, rng = AutoencodingObjective(compressor), random.Random(0)
+    length = len(BACKBONE.tokenizer.encode(EXAMPLES[0].context))
+    samples = [objective.from_example(EXAMPLES[0], rng) for _ in range(20)]
+    slots = {s.compression_factor: s.prompt_ids.count(objective.ids.first_memory) for s in samples}
+    assert slots == {2.0: -(-length // 2), 8.0: -(-length // 8)}
+    assert all(len(s.prompt_ids) == len(s.labels) for s in samples)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from ctxcomp_rag.index.codecs.base import Codec, Role
 
 
 class Exact(Codec):
-    name: ClassVar[str] = "exact"
+    name = "exact"
 
     def encode(self, tensor: Tensor, role: Role) -> dict[str, Tensor]:
         # safetensors refuses views that share storage, such as kv[0] and kv[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 class Float8(Codec):
     """One byte an element; relative squared error about 7e-4."""
 
-    name: ClassVar[str] = "fp8"
+    name = "fp8"
 
     def encode(self, tensor: Tensor, role: Role) -> dict[str, Tensor]:
         x = tensor.float()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ SCALE_DTYPE = torch.bfloat16  # the range of float32; what it lacks in precision
 class Int8(Codec):
     """One byte an element; relative squared error about 4e-5."""
 
-    name: ClassVar[str] = "int8"
+    name = "int8"
 
     def encode(self, tensor: Tensor, role: Role) -> dict[str, Tensor]:
         x = tensor.float()
@@ -36,7 +35,7 @@ class Int8(Codec):
 class Int4(Codec):
     """Half a byte an element and a bfloat16 minimum and step for 32 of them (5 bits); relative error about 5e-3."""
 
-    name: ClassVar[str] = "int4"
+    name = "int4"
 
     def encode(self, tensor: Tensor, role: Role) -> dict[str, Tensor]:
         groups = grouped(tensor.float(), role)

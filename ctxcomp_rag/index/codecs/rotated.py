@@ -52,21 +52,21 @@ class _Rotated(Codec):
 class Rotated4(_Rotated):
     """Half a byte an element; relative squared error about 9e-3."""
 
-    name: ClassVar[str] = "rotated4"
+    name = "rotated4"
     bits = 4
 
 
 class Rotated3(_Rotated):
     """Three bits an element; relative squared error about 3.4e-2."""
 
-    name: ClassVar[str] = "rotated3"
+    name = "rotated3"
     bits = 3
 
 
 class Rotated2(_Rotated):
     """Two bits an element; relative squared error about 0.12."""
 
-    name: ClassVar[str] = "rotated2"
+    name = "rotated2"
     bits = 2
 
 
