@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
 
 from ctxcomp_rag.cli_output import IndexDir, Json, print_json, quiet, to_out
+
+if TYPE_CHECKING:
+    from ctxcomp_rag.index.verify import Damage
 
 
 def verify(index: IndexDir, as_json: Json = False) -> None:
@@ -49,7 +52,8 @@ def repair(
 
     with MemoryIndex.open(index, read_only=True) as memory:
         report, reader = memory.verify(), memory.spec.reader
-    repaired, left = [], []
+    repaired: list[str] = []
+    left: list[Damage] = []
     if not report.ok:
         quiet()
         where = model if model is not None else reader.model_id if reader else "embedded"

@@ -28,7 +28,7 @@ def repair_index(rag: CompressedRAG, *, progress: Callable[[int], object] | None
     """
     if rag.compressor is None or rag.memory.read_only:
         raise InputError("this index was opened for reading; use CompressedRAG.create(path) to repair it")
-    memory = rag.memory
+    memory, spec = rag.memory, rag.compressor.spec
     damaged = memory.verify().damaged
     if not damaged:
         return [], []
@@ -37,7 +37,7 @@ def repair_index(rag: CompressedRAG, *, progress: Callable[[int], object] | None
     def store(intact: Sequence[tuple[Chunk, int]], files: Sequence[str]) -> None:
         chunks = [chunk for chunk, _ in intact]
         vectors = embed_texts(rag.encoder, [chunk.text for chunk in chunks])
-        memory.replace(chunks, _spans(rag, intact), vectors, spec=rag.compressor.spec, unreadable_files=files)
+        memory.replace(chunks, _spans(rag, intact), vectors, spec=spec, unreadable_files=files)
         repaired.extend(chunk.id for chunk in chunks)
         if progress:
             progress(len(chunks))

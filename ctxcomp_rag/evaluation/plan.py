@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -61,7 +61,7 @@ class ModelShape:
             raise InputError(f"expected numbers as in {_EXAMPLE}, got {text!r}") from None
         if not all(0 < v < math.inf for v in values.values()):
             raise InputError(f"expected numbers above 0 in the shape {text!r}")
-        return cls(**values)  # type: ignore[arg-type]
+        return cls(**values)
 
 
 _EXAMPLE = "'parameters=8e9,hidden_size=4096,num_layers=32,num_kv_heads=8,head_dim=128'"
@@ -187,7 +187,7 @@ def _from_config(name: str) -> ModelShape:
     try:
         config = AutoConfig.from_pretrained(where if where.is_dir() else name, local_files_only=True)
         with torch.device("meta"):  # counts the parameters, makes none
-            model = AutoModelForCausalLM.from_config(config)
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"expected a preset ({', '.join(PRESETS)}), a shape such as {_EXAMPLE}, or a model whose "
                              f"config.json is on this machine, got {name!r} ({str(error).splitlines()[0]})") from error

@@ -181,8 +181,8 @@ class SpanTable:
         unreadable = {file: reason for fragment in dataset.get_fragments() for file in _data_files(fragment)
                       for reason in [doubtful.get(_deletion_file(fragment))] if reason is not None}
         table = cls(dataset, None, unreadable)
-        (table.altered,) = {f"_versions/{file.name}" in altered for version, file in manifest_files(path)
-                            if version == table.version}
+        table.altered = any(version == table.version and f"_versions/{file.name}" in altered
+                            for version, file in manifest_files(path))
         for what in [*unreadable.values(), *(["its manifest is not what was written"] if table.altered else [])]:
             warnings.warn(f"{path}: {what}: chunks may be missing. Run verify(), then compress the missing documents "
                           "again.", stacklevel=5)

@@ -153,7 +153,7 @@ class VectorIndex:
         import faiss
 
         with self._lock:
-            data = memoryview(faiss.serialize_index(self._index))
+            data = faiss.serialize_index(self._index).data
         name = f"faiss-{version}.bin"
         write_file(folder / name, data)
         current = {"version": version, "file": name, "sha256": hashlib.sha256(data).hexdigest()}
@@ -215,8 +215,10 @@ def _coded(flat: Any, more: Floats) -> Any:
     """The vectors of a flat index in inverted lists of 8-bit codes, trained on them and on those about to come."""
     import faiss
 
-    stored = faiss.rev_swig_ptr(faiss.downcast_index(flat.index).get_xb(), flat.ntotal * flat.d).reshape(-1, flat.d) \
-        if flat.ntotal else np.empty((0, flat.d), np.float32)
+    plain: Any = faiss.downcast_index(flat.index)
+    stored = np.empty((0, flat.d), np.float32)
+    if flat.ntotal:
+        stored = faiss.rev_swig_ptr(plain.get_xb(), flat.ntotal * flat.d).reshape(-1, flat.d)
     sample = np.concatenate([stored, more])
     if len(sample) > _TRAINED_ON * LISTS:
         sample = sample[np.random.default_rng(0).permutation(len(sample))[: _TRAINED_ON * LISTS]]
@@ -237,8 +239,8 @@ def _by_id(index: Any) -> Iterator[None]:
     if hasattr(index, "id_map"):
         yield
         return
-    index.set_direct_map_type(faiss.DirectMap.Hashtable)
+    index.set_direct_map_type(faiss.DirectMap.Hashtable)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        index.set_direct_map_type(faiss.DirectMap.NoMap)
+        index.set_direct_map_type(faiss.DirectMap.NoMap)  # type: ignore[attr-defined]
