@@ -85,7 +85,8 @@ def test_spans_of_the_texts_own_embeddings_give_the_plain_text_answer(setup: Set
     for chunk in chunks:
         ids = backbone.tokenizer.encode(chunk.text)
         spans.append(SoftSpan(chunk.id, len(ids), torch.arange(len(ids)), len(ids), backbone.embed(torch.tensor(ids))))
-    with MemoryIndex.create(str(folder), spec, vector_size=3, retrieval_encoder="axes") as index:
+    with MemoryIndex.create(str(folder), spec, vector_size=3, retrieval_encoder="axes",
+                            codec="exact") as index:
         index.add(chunks, spans, torch.eye(3).numpy(), spec=spec)
         with SpanChat(backbone, index) as chat:
             model = ChatCtxcomp(chat, max_tokens=16)

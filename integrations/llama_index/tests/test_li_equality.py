@@ -85,7 +85,7 @@ def test_usage_counts_slots_as_positions(setup: Setup) -> None:
 def plain(setup: Setup, tmp_path: Path) -> Iterator[tuple[SpanChat, SpanVectorStore]]:
     """An index whose spans are the embeddings of the texts themselves."""
     compressor = EmbeddingCompressor(setup.compressor)
-    with MemoryIndex.create(tmp_path / "kb", compressor.spec, vector_size=384,
+    with MemoryIndex.create(tmp_path / "kb", compressor.spec, vector_size=384, codec="exact",
                             retrieval_encoder=setup.embedding.model_name) as index:
         store = SpanVectorStore(index, compressor)
         nodes = [TextNode(text=d.text, id_=d.id) for d in CORPUS]
