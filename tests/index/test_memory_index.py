@@ -636,7 +636,7 @@ def fill(disk: Path) -> Path:
 @pytest.mark.parametrize("operation", ["delete", "compact", "compact --erase"])
 def test_a_disk_that_is_full_when_chunks_are_deleted_or_compacted(small_disk: Path, operation: str) -> None:
     path = small_disk / "kb"
-    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e") as index:
+    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e", codec="exact") as index:
         CORPUS.add_to(index, slice(0, 10))
         CORPUS.add_to(index, slice(10, 20))
         filler = fill(small_disk)
@@ -659,7 +659,7 @@ def test_a_disk_that_is_full_when_chunks_are_deleted_or_compacted(small_disk: Pa
 
 def test_a_search_snapshot_that_does_not_fit_the_disk_only_costs_time(small_disk: Path) -> None:
     path = small_disk / "kb"
-    index = MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e")
+    index = MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e", codec="exact")
     CORPUS.add_to(index, slice(0, 20))
     filler = fill(small_disk)
     with pytest.warns(UserWarning, match="snapshot .* was not saved"):
