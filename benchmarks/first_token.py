@@ -42,7 +42,7 @@ def stored(backbone: Backbone, chunks: list[Chunk], factor: float, folder: Path)
     """An index of the chunks' spans, to be closed by the caller; vectors play no part here."""
     config = InfiniPotConfig(chunk_tokens=2048, compression_factor=factor)
     compressor = InfiniPotCompressor(backbone, config.repeating())
-    index = MemoryIndex.create(folder, compressor.spec, vector_size=1, retrieval_encoder="none")
+    index = MemoryIndex.create(folder, compressor.spec, vector_size=1, retrieval_encoder="none", codec="exact")
     index.add(chunks, compressor.compress(chunks), np.ones((len(chunks), 1), np.float32), spec=compressor.spec)
     return index
 

@@ -636,8 +636,7 @@ def fill(disk: Path) -> Path:
 @pytest.mark.parametrize("operation", ["delete", "compact", "compact --erase"])
 def test_a_disk_that_is_full_when_chunks_are_deleted_or_compacted(small_disk: Path, operation: str) -> None:
     path = small_disk / "kb"
-    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e",
-                            codec="exact") as index:
+    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e", codec="exact") as index:
         CORPUS.add_to(index, slice(0, 10))
         CORPUS.add_to(index, slice(10, 20))
         filler = fill(small_disk)

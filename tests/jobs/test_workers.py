@@ -57,10 +57,10 @@ def test_a_worker_that_would_make_other_spans_refuses() -> None:
 @pytest.mark.parametrize("target", [None, 0.01])
 def test_a_worker_measures_what_its_spans_retain(target: float | None) -> None:
     worker = LoadingSpanWorker(settings(retention=True, target_retention=target))
-    made = [span_from_bytes(row["span"]) for row in worker(chunks_to_table(CHUNKS[:2])).to_pylist()]
-    for span in made:
-        assert set(span.retention) == {span.num_slots}
-        assert span.num_slots == -(-span.num_source_tokens // (16 if target else 4))
+    (row,) = worker(chunks_to_table(CHUNKS[:1])).to_pylist()
+    span = span_from_bytes(row["span"])
+    assert set(span.retention) == {span.num_slots}
+    assert span.num_slots == (3 if target is None else 2)  # of 12 tokens; one slot retains nothing
 
 
 def test_no_worker_is_refused() -> None:
