@@ -30,7 +30,8 @@ def plan(
                     ] = SpanKindOption.soft,
     factor: Annotated[list[float] | None, typer.Option(help="Source tokens per slot; may be repeated (4, 8, 16).")
                       ] = None,
-    codec: Annotated[list[str] | None, typer.Option(help="How spans are stored; may be repeated (all of them).")
+    codec: Annotated[list[str] | None, typer.Option(help="How spans are stored; may be repeated (all that learn "
+                                                    "nothing).")
                      ] = None,
     chunk_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a chunk.")] = 512,
     top_k: Annotated[int, typer.Option(min=1, help="Chunks that a query reads.")] = 10,
@@ -53,7 +54,7 @@ def plan(
     decoder = ModelShape.parse(model)
     compresses = ModelShape.parse(encoder) if encoder is not None else decoder
     rows = planned(corpus, decoder, compresses, kind=kind.value, factors=factor or (4, 8, 16),
-                   codecs=codec or list(CODECS))
+                   codecs=codec or [name for name, made in CODECS.items() if not made.learns])
     if as_json:
         print_json({"corpus": asdict(corpus), "decoder": asdict(decoder), "encoder": asdict(compresses),
                     "kind": kind.value, "rows": [asdict(row) for row in rows]})

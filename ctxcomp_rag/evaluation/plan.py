@@ -135,7 +135,7 @@ def plan(corpus: Corpus, decoder: ModelShape, encoder: ModelShape, *, kind: Lite
     """A row for each factor and codec. `encoder`: what compresses; for ICAE the decoder itself.
 
     Raises:
-        InputError: a factor that leaves nothing to save, or an unknown codec.
+        InputError: a factor that leaves nothing to save, or a codec that is unknown or learns from an index's spans.
     """
     return [_row(corpus, decoder, encoder, kind, factor, codec) for factor in factors for codec in codecs]
 
@@ -162,6 +162,9 @@ def _row(corpus: Corpus, decoder: ModelShape, encoder: ModelShape, kind: Literal
 def span_bytes(decoder: ModelShape, slots: int, kind: Literal["soft", "kv"], codec: str) -> int:
     """What the codec makes of a span of float16 numbers, counted on one of a few layers."""
     chosen = codec_named(codec)
+    if chosen.learns:
+        raise InputError(f"the codec {codec!r} learns from the spans of an index, so a plan cannot count its bytes; "
+                         "name another, or measure it on an index with ctxcomp codecs")
 
     def of(shape: tuple[int, ...], role: Literal["embeds", "keys", "values"]) -> int:
         made = chosen.encode(torch.randn(shape, generator=torch.Generator().manual_seed(0)).half(), role)

@@ -98,3 +98,8 @@ def test_the_command_prints_a_row_for_each_factor_and_codec() -> None:
     shown = CliRunner().invoke(app, words).stdout
     assert "1,000,000,000 chunks of 512 tokens" in shown
     assert "266 TB" in shown
+
+
+def test_a_codec_that_learns_from_an_index_is_refused() -> None:
+    with pytest.raises(InputError, match=r"the codec 'pq4' learns from the spans of an index.*ctxcomp codecs"):
+        plan(Corpus(10), EIGHT, EIGHT, codecs=["pq4"])
