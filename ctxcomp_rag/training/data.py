@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import lzma
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from ctxcomp_rag.chunking import Document, split_document
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.readers import read_documents
+from ctxcomp_rag.records import read_json, read_lines
 from ctxcomp_rag.tokenization import TextTokenizer
 from ctxcomp_rag.training.config import DataConfig
 from ctxcomp_rag.training.examples import Example, passages
@@ -51,7 +50,7 @@ def _texts(config: DataConfig) -> Iterator[str]:
 def _questions(config: DataConfig) -> Iterator[tuple[str, str, str, str]]:
     """(place, context, question, answer) of JSON lines or of a data set."""
     names = {n: config.columns.get(n, n) for n in ("context", "question", "answer")}
-    records = _hub(config) if config.id is not None else _lines(_path(config))
+    records = _hub(config) if config.id is not None else read_lines(_path(config))
     for place, record in records:
         answer: Any = record.get(names["answer"], record.get("answers"))
         if isinstance(answer, Mapping):  # {"text": [...]}, as SQuAD has it on the hub
@@ -66,10 +65,10 @@ def _questions(config: DataConfig) -> Iterator[tuple[str, str, str, str]]:
 
 def _squad(path: Path) -> Iterator[tuple[str, str, str, str]]:
     try:
-        articles = json.loads(_read(path))["data"]
+        articles = read_json(path)["data"]
         paragraphs = [(f"{path.name}, article {a}, paragraph {p}", paragraph) for a, article in enumerate(articles)
                       for p, paragraph in enumerate(article["paragraphs"])]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{str(path)!r} is not SQuAD: expected 'data', a list of articles with 'paragraphs' "
                          f"({type(error).__name__}: {error})") from error
     for place, paragraph in paragraphs:
@@ -106,27 +105,6 @@ def _path(config: DataConfig) -> Path:
     if not path.exists():
         raise InputError(f"there is no file or folder {config.path!r}; `path` is read from where you are")
     return path
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if line.strip():
-            place = f"{path.name} line {number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{place} is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise InputError(f"{place}: expected an object, got {type(record).__name__}")
-            yield place, record
-
-
-def _read(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-        return (lzma.decompress(content) if path.suffix == ".xz" else content).decode()
-    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise InputError(f"{str(path)!r} cannot be read ({error}); expected UTF-8, plain or .xz") from error
 
 
 def _hub(config: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:

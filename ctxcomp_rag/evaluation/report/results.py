@@ -11,7 +11,7 @@ from typing import Any
 
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.metrics import normalise
-from ctxcomp_rag.evaluation.tasks.records import read_json
+from ctxcomp_rag.records import read_json
 
 MEASURES = {"f1": "F1", "em": "exact match", "exact_match": "exact match", "rouge_l": "ROUGE-L", "bleu": "BLEU",
             "perplexity": "perplexity"}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.tasks.incontext import InContext
-from ctxcomp_rag.evaluation.tasks.records import field
+from ctxcomp_rag.records import field
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 

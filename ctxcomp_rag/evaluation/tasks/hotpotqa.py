@@ -9,7 +9,7 @@ from typing import ClassVar
 from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.tasks.base import Asked, Task, TaskData
-from ctxcomp_rag.evaluation.tasks.records import field, read_lines
+from ctxcomp_rag.records import field, read_lines
 
 
 class HotpotQA(Task):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxcomp_rag.errors import InputError
-from ctxcomp_rag.evaluation.tasks.records import read_lines
+from ctxcomp_rag.records import read_lines
 
 _SHUFFLED = 10_000  # records that a draw from a stream looks ahead
 

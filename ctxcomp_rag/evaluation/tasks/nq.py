@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.evaluation.tasks.base import Asked, Task, TaskData
 from ctxcomp_rag.evaluation.tasks.hub import read_records
-from ctxcomp_rag.evaluation.tasks.records import field
+from ctxcomp_rag.records import field
 
 _ANSWERED = 3  # about one question in so many has a short answer
 

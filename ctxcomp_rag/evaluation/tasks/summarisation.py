@@ -8,7 +8,7 @@ from typing import ClassVar
 from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.evaluation.tasks.base import Asked, Task, TaskData
 from ctxcomp_rag.evaluation.tasks.hub import read_records
-from ctxcomp_rag.evaluation.tasks.records import field
+from ctxcomp_rag.records import field
 
 
 class Summarisation(Task):

@@ -10,7 +10,7 @@ from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.fictional import generate_corpus
 from ctxcomp_rag.evaluation.tasks.base import Asked, Task, TaskData
-from ctxcomp_rag.evaluation.tasks.records import field, read_lines
+from ctxcomp_rag.records import field, read_lines
 
 _SHORTEST = 40  # characters on either side of a continuation's beginning
 _CONTEXT, _CONTINUATION = 600, 200  # characters: what a small window takes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from ctxcomp_rag.evaluation.tasks.incontext import InContext, label_of
-from ctxcomp_rag.evaluation.tasks.records import field
+from ctxcomp_rag.records import field
 
 
 class WSC(InContext):
