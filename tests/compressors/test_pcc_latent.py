@@ -75,7 +75,8 @@ def index(models: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPat
     """An index of latent spans, written beside the narrow decoder."""
     folder = tmp_path_factory.mktemp("latent") / "kb"
     model, compressor = models["narrow"]
-    with CompressedRAG.create(folder, model=model, compressor=compressor, encoder=LetterCounts(), latent=True) as rag:
+    with CompressedRAG.create(folder, model=model, compressor=compressor, encoder=LetterCounts(), latent=True,
+                              codec="exact") as rag:
         assert rag.index(DOCUMENTS).added == len(rag.memory)
         assert rag.index(DOCUMENTS, factor=4.0).added == 0
     with CompressedRAG.create(folder, model=model, compressor=compressor, encoder=LetterCounts()) as again:
