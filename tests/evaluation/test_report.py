@@ -20,7 +20,9 @@ from ctxcomp_rag.evaluation.report.charts import quality_by_time as by_time
 from ctxcomp_rag.evaluation.report.differences import Words, compared
 from ctxcomp_rag.evaluation.report.results import Point, read_result
 
-RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
+# counts of kills and figures of one large index have no rows, and nothing to draw
+RESULTS = [path for path in sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
+           if "rows" in json.loads(path.read_text())]
 
 
 def row(system: str, f1: float, **more: Any) -> dict[str, Any]:
