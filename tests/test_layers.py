@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ctxcomp_rag"
 LAYERS: list[set[str]] = [
     {"errors", "references"},
-    {"chunking", "spans", "rope", "tokenization", "retrieval", "readers", "records", "acceleration", "facts", "slot_budget"},
+    {"chunking", "spans", "rope", "tokenization", "retrieval", "readers", "records", "acceleration", "facts",
+     "slot_budget"},
     {"backbone"},
     {"kv"},
     {"compressors", "index", "decoding"},
