@@ -123,7 +123,7 @@ def test_eval_scores_every_system_and_keeps_the_answers(tmp_path: Path) -> None:
 def test_eval_of_an_unknown_task_names_the_nearest() -> None:
     done = ctxcomp("eval", "--task", "squat")
     assert done.returncode == 2
-    assert "there is no task 'squat'; did you mean squad?" in done.stderr
+    assert "there is no task 'squat'; did you mean squad" in done.stderr
 
 
 def test_verify_exits_with_3_on_damage_and_names_the_chunk(index: Path, tmp_path: Path) -> None:

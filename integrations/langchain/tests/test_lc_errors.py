@@ -35,7 +35,7 @@ def given() -> list[Document]:
 def own(setup: Setup, folder: Path) -> Iterator[CompressedRAG]:
     """An index of this test alone."""
     index = MemoryIndex.create(folder, setup.compressor.spec, vector_size=384,
-                               retrieval_encoder=setup.rag.memory.retrieval_encoder)
+                               retrieval_encoder=setup.rag.memory.retrieval_encoder, codec="exact")
     with CompressedRAG(setup.rag.backbone, index, setup.rag.encoder, setup.compressor) as rag:
         rag.index([CoreDocument(str(i), text) for i, text in enumerate(TEXTS)])
         yield rag

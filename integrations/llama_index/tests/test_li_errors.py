@@ -83,7 +83,8 @@ def test_a_damaged_span_is_text_or_raised_and_takes_no_other_with_it(setup: Setu
 @pytest.fixture
 def spoiled(setup: Setup, tmp_path: Path) -> Iterator[tuple[SpanChat, list[NodeWithScore]]]:
     """Nodes with references, of which the second span has lost a bit on the disk since."""
-    index = MemoryIndex.create(tmp_path / "kb", setup.compressor.spec, vector_size=8, retrieval_encoder="axes")
+    index = MemoryIndex.create(tmp_path / "kb", setup.compressor.spec, vector_size=8, retrieval_encoder="axes",
+                               codec="exact")
     SpanVectorStore(index, setup.compressor).add([node(f"The {n} text of three.", n, vector=i)
                                                   for i, n in enumerate(("first", "second", "third"))])
     found = SpanVectorStore(index).get_nodes()
