@@ -22,32 +22,24 @@ from typing import Any
 
 import torch
 from common import print_table
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ctxcomp_rag.backbone import Backbone, load_frozen
 from ctxcomp_rag.compressors.infinipot import InfiniPotCompressor, InfiniPotConfig
 from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, TokenIds
+from ctxcomp_rag.evaluation.bench.shapes import load_shape
 from ctxcomp_rag.evaluation.memory import peak_memory
 from ctxcomp_rag.evaluation.provenance import write_result
 
-RANDOM = {
-    "random-0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-                    "num_key_value_heads": 2, "vocab_size": 1024},
-    "random-tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-                    "num_key_value_heads": 4, "vocab_size": 1024},
-}
-
-
+RANDOM = "random-"
 MODES = ("budget", "span", "full")
 
 
 def load(model: str, window: int) -> Backbone:
-    if model not in RANDOM:
+    """A decoder by name; a random one has the embedded decoder's vocabulary, so that layers and cache are what is seen.
+    """
+    if not model.startswith(RANDOM):
         return load_frozen(model)
-    torch.manual_seed(0)
-    config = Qwen2Config(**RANDOM[model], max_position_embeddings=window, tie_word_embeddings=True, eos_token_id=0)
-    tokenizer = load_frozen().tokenizer.hf  # ids stay below the size of the vocabulary; what they spell is no matter
-    return Backbone(Qwen2ForCausalLM(config), tokenizer, model_id=model)
+    return load_shape(model.removeprefix(RANDOM), vocab_size=1024, max_position_embeddings=window)
 
 
 def measure(model: str, length: int, window: int, budget: int, mode: str) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 _MONTH = "(?:January|February|March|April|May|June|July|August|September|October|November|December)"
 _DATE = re.compile(rf"\b(?:\d{{4}}-\d\d-\d\d|(?:\d{{1,2}} )?{_MONTH} \d{{4}}|{_MONTH} \d{{1,2}}, \d{{4}})\b")
-_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
+NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _WORD = re.compile(r"[^\W\d_][\w'’-]*")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
@@ -20,7 +20,7 @@ def facts(text: str) -> set[str]:
     """
     dates = set(_DATE.findall(text))
     rest = _DATE.sub(";", text)
-    return dates | set(_NUMBER.findall(rest)) | set(_names(rest))
+    return dates | set(NUMBER.findall(rest)) | set(_names(rest))
 
 
 def retained(text: str, other: str) -> float:

@@ -285,11 +285,10 @@ def prompt_parts(backbone: Backbone, question: str, contents: Sequence[Sequence[
     Raises:
         InputError: there is a history and the layout of `spec` has no place for one.
     """
-    own = question_prompt(question, contents, spec) if spec is not None else None
-    if own is not None:
+    if spec is not None and (own := question_prompt(question, contents, spec)) is not None:
         if history:
-            raise InputError(f"the prompt that the compressor {spec.compressor if spec else ''} was trained with holds "
-                             "one question and no conversation; send the question as the only message")
+            raise InputError(f"the prompt that the compressor {spec.compressor} was trained with holds one question "
+                             "and no conversation; send the question as the only message")
         return own
     body: list[Part] = []
     for content in contents:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,36 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(record, dict):
             raise InputError(f"{place}: expected an object, got {type(record).__name__}")
         yield place, record
+
+
+def open_dataset(name: str, subset: str | None, split: str, otherwise: str) -> Any:
+    """A stream of the records of a data set of the Hugging Face hub, or of a folder in its form.
+
+    Args:
+        otherwise: what can be given instead, for the message.
+
+    Raises:
+        InputError: the package `datasets` is not installed, or the data set cannot be read, with the reason.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError("reading a data set takes the package datasets, which is not installed; "
+                         f"pip install 'ctxcomp-rag[datasets]', or {otherwise}") from error
+    with readable_dataset(name, otherwise):
+        return datasets.load_dataset(name, subset, split=split, streaming=True)
+
+
+@contextmanager
+def readable_dataset(name: str, otherwise: str) -> Iterator[None]:
+    """Within, what a stream of `open_dataset` raises becomes an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"the data set {name!r} cannot be read ({str(error).splitlines()[0]}); {otherwise}, or check "
+                         "the id, the subset, the split and the network") from error
 
 
 def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], place: str) -> Any:

@@ -21,7 +21,8 @@ from ctxcomp_rag.facts import retained
 from ctxcomp_rag.spans import MemorySpan, SpanSpec
 
 _BATCH = 16
-_MORE_TOKENS = 8  # than the text has: what a reconstruction may run over
+RUN_OVER_TOKENS = 8
+"""Tokens that a reconstruction may have more than its text."""
 
 
 class MeasuringCompressor(Compressor):
@@ -135,11 +136,11 @@ def reconstructions(decoder: FrozenDecoder, spans: Sequence[MemorySpan], spec: S
     texts: dict[int, str] = {}
     for begin in range(0, len(order), _BATCH):
         batch = order[begin : begin + _BATCH]
-        limit = max(spans[i].num_source_tokens for i in batch) + _MORE_TOKENS
+        limit = max(spans[i].num_source_tokens for i in batch) + RUN_OVER_TOKENS
         made = decoder.batch([reconstruction_prompt(spans[i], spec) for i in batch],
                              GenerationSettings(max_new_tokens=limit))
         texts.update(zip(batch, (g.text for g in made), strict=True))
     return [texts[i] for i in range(len(spans))]
 
 
-__all__ = ["MeasuringCompressor", "reconstructions", "with_retention"]
+__all__ = ["RUN_OVER_TOKENS", "MeasuringCompressor", "reconstructions", "with_retention"]

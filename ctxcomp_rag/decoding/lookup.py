@@ -86,12 +86,14 @@ def generate_drafted(decoder: FrozenDecoder, parts: Sequence[Part], sources: Ite
 
 def find_draft(texts: Sequence[Sequence[int]], said: Sequence[int], room: int) -> list[int]:
     """At most `room` tokens that follow the longest end of `said` (up to three tokens) found in one of the texts."""
+    if room <= 0:
+        return []
     for length in range(min(_LONGEST_MATCH, len(said)), 0, -1):
         end = list(said[-length:])
         for ids in texts:
             # the last token of a text has nothing after it
             for begin in range(len(ids) - length):
-                if room > 0 and ids[begin + length - 1] == end[-1] and list(ids[begin : begin + length]) == end:
+                if ids[begin + length - 1] == end[-1] and list(ids[begin : begin + length]) == end:
                     return list(ids[begin + length : begin + length + room])
     return []
 

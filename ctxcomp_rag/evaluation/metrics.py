@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from ctxcomp_rag.facts import NUMBER
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _WORD = re.compile(r"\w[\w'-]*")
 _NAME = re.compile(r"(?<=[\w,;] )[A-Z]\w[\w'-]*")  # a capital at the beginning of a sentence says nothing
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -54,7 +55,7 @@ def _rouge_scorer() -> Any:
 
 def numbers_kept(prediction: str, references: Sequence[str]) -> float | None:
     """Share of the first reference's numbers that the prediction has exactly, each as often; None without numbers."""
-    return _kept(_NUMBER.findall(prediction), _NUMBER.findall(references[0]))
+    return _kept(NUMBER.findall(prediction), NUMBER.findall(references[0]))
 
 
 def names_kept(prediction: str, references: Sequence[str]) -> float | None:

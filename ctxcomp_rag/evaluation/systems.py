@@ -25,10 +25,10 @@ from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.index.codecs import codec_named
 from ctxcomp_rag.index.rows import span_from_bytes, span_to_bytes
 from ctxcomp_rag.pipeline import prompt_parts, truncated_part
+from ctxcomp_rag.retention import RUN_OVER_TOKENS
 from ctxcomp_rag.spans import MemorySpan
 
 _BATCH = 16
-_SLACK = 8  # tokens that a repeated text may be longer than the text
 _LATENT = ("spans", "prerolled", "mixed")
 
 
@@ -231,7 +231,9 @@ class Comparison:
         for begin in range(0, len(order), _BATCH):
             batch = order[begin : begin + _BATCH]
             repeated = [c.num_tokens for i in batch for c in questions[i].chunks if questions[i].ask == "repeat"]
-            settings = replace(self.settings, max_new_tokens=max(repeated) + _SLACK) if repeated else self.settings
+            settings = self.settings
+            if repeated:
+                settings = replace(settings, max_new_tokens=max(repeated) + RUN_OVER_TOKENS)
             made = self.decoder.batch([self.prompt(system, questions[i]) for i in batch], settings)
             answers.update(zip(batch, made, strict=True))
             if progress:

@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -171,12 +172,12 @@ class Row:
     def checksum(self) -> int:
         """crc32 over every stored field: a flipped bit in the text or the vector is found like one in the span."""
         vector = self.vector.astype("<f4").tobytes()
-        return zlib.crc32(self.span, zlib.crc32(vector, text_checksum(self.chunk, self.metadata, self.sizes)))
+        return zlib.crc32(self.span, zlib.crc32(vector, self.text_crc))
 
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """Slots, source tokens."""
-        return self.num_slots, self.num_source_tokens
+    @cached_property
+    def text_crc(self) -> int:
+        """See `text_checksum`."""
+        return text_checksum(self.chunk, self.metadata, (self.num_slots, self.num_source_tokens))
 
 
 def text_checksum(chunk: Chunk, metadata: str, sizes: tuple[int, int]) -> int:
@@ -227,7 +228,7 @@ def rows_to_arrow(rows: Sequence[Row], vector_size: int) -> pa.Table:
         "num_source_tokens": [r.num_source_tokens for r in rows],
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(flat), vector_size),
         "crc": pa.array([r.checksum for r in rows], pa.uint32()),
-        "text_crc": pa.array([text_checksum(r.chunk, r.metadata, r.sizes) for r in rows], pa.uint32()),
+        "text_crc": pa.array([r.text_crc for r in rows], pa.uint32()),
         "span": lance.blob_array([r.span for r in rows]),
     }
     return pa.table(columns, schema=arrow_schema(vector_size))

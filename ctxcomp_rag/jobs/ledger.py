@@ -149,8 +149,8 @@ class Ledger:
         """Whether the chunk's text was met before; then the chunk waits for the next commit."""
         digest = _digest(chunk.text)
         original = self._originals.get(digest, chunk.id)
-        met = original in self._under_way or original in self._made or not self.memory.missing([original])
-        if original != chunk.id and met:
+        if original != chunk.id and (
+                original in self._under_way or original in self._made or not self.memory.missing([original])):
             self._copies.append((chunk, original))
             return True
         self._originals[digest] = chunk.id

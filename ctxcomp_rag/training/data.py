@@ -10,7 +10,7 @@ from typing import Any
 from ctxcomp_rag.chunking import Document, split_document
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.readers import read_documents
-from ctxcomp_rag.records import read_json, read_lines
+from ctxcomp_rag.records import open_dataset, read_json, read_lines, readable_dataset
 from ctxcomp_rag.tokenization import TextTokenizer
 from ctxcomp_rag.training.config import DataConfig
 from ctxcomp_rag.training.examples import Example, passages
@@ -108,16 +108,7 @@ def _path(config: DataConfig) -> Path:
 
 
 def _hub(config: DataConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError("data by id takes the package datasets, which is not installed; "
-                         "pip install 'ctxcomp-rag[datasets]', or give a path") from error
-    try:
-        records = datasets.load_dataset(config.id, config.subset, split=config.split, streaming=True)
+    assert config.id is not None
+    records = open_dataset(config.id, config.subset, config.split, "give a path")
+    with readable_dataset(config.id, "give a path"):
         yield from ((f"{config.id} record {i}", record) for i, record in enumerate(records))
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"the data set {config.id!r} cannot be read ({str(error).splitlines()[0]}); check id, subset, "
-                         "split and network, or give a path") from error

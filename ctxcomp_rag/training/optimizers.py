@@ -14,15 +14,19 @@ _NOT_BETWEEN_STATES = ("embed", "memory_tokens", "special_rows", "lm_head")
 
 def muon(parameters: Mapping[str, nn.Parameter], learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between hidden states, AdamW at the same rate for the rest."""
-    matrices = [p for n, p in parameters.items() if p.ndim == 2 and not any(k in n for k in _NOT_BETWEEN_STATES)]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in parameters.values() if id(p) not in chosen]
+    matrices, rest = between_states(parameters)
     made: list[torch.optim.Optimizer] = []
     if matrices:
         made.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     if rest:
         made.append(torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0))
     return made
+
+
+def between_states(parameters: Mapping[str, nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(the matrices between hidden states, the rest: embeddings, head, trained rows, norms, biases)."""
+    matrices = {n for n, p in parameters.items() if p.ndim == 2 and not any(k in n for k in _NOT_BETWEEN_STATES)}
+    return [parameters[n] for n in parameters if n in matrices], [p for n, p in parameters.items() if n not in matrices]
 
 
 OPTIMIZERS: dict[str, MakeOptimizers] = {"adamw": adamw, "muon": muon}

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 
 from ctxcomp_rag.backbone import Backbone, load_frozen
 from ctxcomp_rag.compressors import Compressor, load_compressor
@@ -26,7 +24,7 @@ from ctxcomp_rag.training.monitor import HeldOut, PlateauMonitor
 from ctxcomp_rag.training.optimizers import OPTIMIZERS
 from ctxcomp_rag.training.sampling import SampledSource
 from ctxcomp_rag.training.spliced import OBJECTIVES, Repeating, Trainable, summed_spliced_loss
-from ctxcomp_rag.training.trainer import Stage, Trainer
+from ctxcomp_rag.training.trainer import Stage, Trainer, make_accelerator
 
 COMPRESSOR = "compressor"
 _TRACKED = ("loss", "held_out", "gradient_norm", "learning_rate")
@@ -46,9 +44,8 @@ def train(config: TrainConfig, progress: Callable[[dict[str, Any]], None] | None
         InputError: data, settings and decoder do not fit each other, or the folder holds another run.
     """
     out = Path(config.out)
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=handlers,
-                              log_with="tensorboard" if config.tensorboard else None, project_dir=str(out))
+    accelerator = make_accelerator(mixed_precision=config.mixed_precision,
+                                   log_with="tensorboard" if config.tensorboard else None, project_dir=str(out))
     backbone = load_frozen(config.model, device=accelerator.device)
     compressor = new_compressor(config.compressor, backbone, config.seed)
     trainable = Trainable(compressor)

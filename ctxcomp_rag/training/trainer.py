@@ -103,6 +103,13 @@ def adamw(parameters: Mapping[str, nn.Parameter], learning_rate: float) -> list[
     return [torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)]
 
 
+def make_accelerator(**options: Any) -> Accelerator:
+    """What knows the processes and devices of a run; `options` are those of `accelerate.Accelerator`."""
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # an encoder's head gives no slots
+    # without a device of its own it must be told so, or every process of several takes itself for the only one
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[unused], **options)
+
+
 class _Losses(nn.Module):
     """The compressor's loss as a module, so that its gradients can be averaged over processes."""
 
@@ -133,10 +140,7 @@ class Trainer:
                  seed: int = 0, max_grad_norm: float = 1.0, optimizers: MakeOptimizers = adamw, save_every: int = 50,
                  accelerator: Accelerator | None = None, held_out: HeldOut | None = None,
                  settings: Mapping[str, Any] | None = None) -> None:
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # an encoder's head gives no slots
-        # without an accelerator it must be told so, or every process of several takes itself for the only one
-        self.accelerator = accelerator or Accelerator(cpu=not torch.accelerator.is_available(),
-                                                      kwargs_handlers=[unused])
+        self.accelerator = accelerator or make_accelerator()
         self.compressor, self.loss, self.stages, self.folder = compressor, loss, tuple(stages), Path(folder)
         self.seed, self.max_grad_norm = seed, max_grad_norm
         self.make_optimizers, self.save_every, self.held_out = optimizers, save_every, held_out

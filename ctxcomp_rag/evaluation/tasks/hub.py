@@ -8,8 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ctxcomp_rag.errors import InputError
-from ctxcomp_rag.records import read_lines
+from ctxcomp_rag.records import open_dataset, read_lines, readable_dataset
 
 _SHUFFLED = 10_000  # records that a draw from a stream looks ahead
 
@@ -29,18 +28,10 @@ def read_records(data: Path | None, default: str, *, config: str | None, split: 
     if data is not None and data.is_file():
         records = list(read_lines(data))
         return iter(random.Random(seed).sample(records, min(count, len(records))))
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError("reading a data set takes the package datasets, which is not installed; "
-                         "pip install 'ctxcomp-rag[datasets]', or pass --data with a .jsonl file") from error
     name = default if data is None else str(data)
     subset = config if data is None or not data.is_dir() else None
-    try:
-        stream = datasets.load_dataset(name, subset, split=split, streaming=True)
+    otherwise = f"pass --data with a .jsonl file or a folder with the split {split!r}"
+    stream = open_dataset(name, subset, split, otherwise)
+    with readable_dataset(name, otherwise):
         drawn = list(islice(stream.shuffle(seed=seed, buffer_size=_SHUFFLED), count))
-    except (OSError, ValueError) as error:
-        raise InputError(f"the data set {name!r} cannot be read ({str(error).splitlines()[0]}); pass --data with a "
-                         f".jsonl file or a folder with the split {split!r}, or check the id and the network"
-                         ) from error
     return ((f"{name} record {i}", dict(record)) for i, record in enumerate(drawn))
