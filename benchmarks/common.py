@@ -13,7 +13,12 @@ from tqdm import tqdm
 
 from ctxcomp_rag.backbone import Backbone, load_frozen
 from ctxcomp_rag.compressors import Compressor, load_compressor
+from ctxcomp_rag.decoding import FrozenDecoder
+from ctxcomp_rag.evaluation.fictional import generate_corpus
+from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground, reconstruction_bleu, split_corpus
+from ctxcomp_rag.evaluation.systems import Comparison, System
 from ctxcomp_rag.pipeline import load_trained_compressor
+from ctxcomp_rag.retrieval import load_retrieval_encoder
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
@@ -40,6 +45,19 @@ def decoder_of(model: str | None) -> Backbone:
 def icae_of(model: str | None, backbone: Backbone) -> Compressor:
     """The trained compressor beside it."""
     return load_compressor(Path(model) / "icae", backbone) if model else load_trained_compressor("icae", backbone)
+
+
+def home_ground_rows(name: str, compressor: Compressor, factors: Sequence[float], documents: int,
+                     seed: int) -> list[dict[str, Any]]:
+    """A row for each factor: exact match with the right chunk and with three retrieved ones, reconstruction BLEU."""
+    systems = [System("full_text", "text"), *(System(f"{f:g}x", "spans", f) for f in factors)]
+    report = evaluate_home_ground(compressor, load_retrieval_encoder(), documents=documents, seed=seed, systems=systems,
+                                  with_bleu=False)
+    comparison = Comparison(compressor, FrozenDecoder(compressor.backbone))
+    own = split_corpus(generate_corpus(documents, seed, "held_out"), compressor)
+    return [{"compressor": name, "factor": f, "em": report.exact_match[f"{f:g}x"],
+             "em_retrieved": report.exact_match_retrieved[f"{f:g}x"], "em_full_text": report.exact_match["full_text"],
+             "bleu": reconstruction_bleu(comparison, own, f)} for f in factors]
 
 
 def in_processes(work: Callable[[_Job], _Result], jobs: Sequence[_Job], processes: int) -> list[_Result]:

@@ -15,19 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import print_table
+from common import home_ground_rows, print_table
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, load_frozen
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors import Compressor, possible_factors
-from ctxcomp_rag.decoding import FrozenDecoder
 from ctxcomp_rag.evaluation.fictional import generate_corpus
-from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground, reconstruction_bleu, split_corpus
+from ctxcomp_rag.evaluation.home_ground import split_corpus
 from ctxcomp_rag.evaluation.provenance import write_result
-from ctxcomp_rag.evaluation.systems import Comparison, System
 from ctxcomp_rag.pipeline import load_trained_compressor
-from ctxcomp_rag.retrieval import load_retrieval_encoder
 
 
 def cost(compressor: Compressor, chunks: Sequence[Chunk], factor: float) -> dict[str, float]:
@@ -48,15 +45,8 @@ def cost(compressor: Compressor, chunks: Sequence[Chunk], factor: float) -> dict
 def rows_of(name: str, compressor: Compressor, chunks: Sequence[Chunk], documents: int,
             seed: int) -> list[dict[str, Any]]:
     """A row for each factor of 4, 8 and 16 that the compressor makes."""
-    factors = possible_factors(compressor)
-    systems = [System("full_text", "text"), *(System(f"{f:g}x", "spans", f) for f in factors)]
-    report = evaluate_home_ground(compressor, load_retrieval_encoder(), documents=documents, seed=seed, systems=systems,
-                                  with_bleu=False)
-    comparison = Comparison(compressor, FrozenDecoder(compressor.backbone))
-    own = split_corpus(generate_corpus(documents, seed, "held_out"), compressor)
-    return [{"compressor": name, "factor": f, "em": report.exact_match[f"{f:g}x"],
-             "em_retrieved": report.exact_match_retrieved[f"{f:g}x"], "em_full_text": report.exact_match["full_text"],
-             "bleu": reconstruction_bleu(comparison, own, f), **cost(compressor, chunks, f)} for f in factors]
+    quality = home_ground_rows(name, compressor, possible_factors(compressor), documents, seed)
+    return [{**row, **cost(compressor, chunks, row["factor"])} for row in quality]
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ Fields in templates:
 import random
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -697,3 +697,10 @@ def generate_corpus(count: int, seed: int, split: Split = "held_out") -> list[Fi
         numbers[document.kind] += 1
         documents.append(replace(document, id=f"{document.kind}-{numbers[document.kind]:04d}"))
     return documents
+
+
+def training_questions(documents: Iterable[FictionalDocument]) -> Iterator[tuple[str, QuestionAnswer]]:
+    """(text, question) of all questions; every third document is also asked for what it does not state."""
+    for number, document in enumerate(documents):
+        for question in (*document.questions, *(document.unanswerable[:1] if number % 3 == 0 else ())):
+            yield document.text, question

@@ -52,10 +52,12 @@ class CompressorConfig:
     """What is trained.
 
     Attributes:
-        start: folder of a saved compressor to go on with; the other settings are then its own.
+        start: what to go on with: folder of a saved compressor, or the method of one that came with the decoder; the
+            other settings, `nested` apart, are then its own.
         factor: source tokens per slot.
         memory_tokens: rows of ICAE's memory table [default: segment_tokens / factor].
         slots, slot_positions: see ICAEConfig; "proportional" makes every factor of one compressor.
+        nested: factors, ascending from `factor`, at which one ICAE span can be read; sources draw from them.
         encoder: of PCC, a folder, hub id or "embedded"; trained whole, or by LoRA where `lora_rank` is given.
     """
 
@@ -70,8 +72,11 @@ class CompressorConfig:
     lora_rank: int | None = None
     lora_alpha: int | None = None
     lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    nested: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.method == "pcc" and self.nested:
+            raise InputError("nested spans are made by icae; leave `nested` out, or use method: icae")
         if self.method == "pcc" and self.start is None and self.encoder is None:
             raise InputError("a pcc compressor needs an encoder: a folder, a hub id, or 'embedded'")
 
@@ -84,7 +89,7 @@ class SourceConfig:
         objective: "autoencoding", "continuation", "question" or "distillation".
         data: a name under `data`.
         weight: share of the stage's samples, against the other sources.
-        factors: drawn anew for every sample [default: the compressor's own].
+        factors: drawn anew for every sample [default: those of a nested compressor, else the compressor's own].
         max_spans: for questions, up to so many spans in a prompt, the right one anywhere.
     """
 

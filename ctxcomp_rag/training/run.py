@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ctxcomp_rag.backbone import Backbone, load_frozen
-from ctxcomp_rag.compressors import Compressor, load_compressor
+from ctxcomp_rag.compressors import Compressor, load_trained_compressor
 from ctxcomp_rag.compressors.icae import ICAECompressor, ICAEConfig
 from ctxcomp_rag.compressors.pcc import PCCCompressor, PCCConfig, load_encoder
 from ctxcomp_rag.errors import InputError
@@ -93,7 +93,8 @@ def new_compressor(config: CompressorConfig, backbone: Backbone, seed: int) -> C
     """
     torch.manual_seed(seed)
     if config.start is not None:
-        return load_compressor(config.start, backbone)
+        started = load_trained_compressor(config.start, backbone)
+        return nested_from(started, config.nested) if config.nested else started
     slots = round(config.segment_tokens / config.factor)
     if config.segment_tokens + slots > backbone.max_positions:
         raise InputError(f"segments of {config.segment_tokens} tokens with {slots} slots do not fit the "
@@ -108,7 +109,21 @@ def new_compressor(config: CompressorConfig, backbone: Backbone, seed: int) -> C
     return ICAECompressor(backbone, ICAEConfig(
         num_memory_tokens=config.memory_tokens or slots, segment_tokens=config.segment_tokens,
         compression_factor=config.factor, slots=config.slots, slot_positions=config.slot_positions, lora_rank=rank,
-        lora_alpha=config.lora_alpha or rank, lora_targets=tuple(config.lora_targets)))
+        lora_alpha=config.lora_alpha or rank, lora_targets=tuple(config.lora_targets),
+        nested=tuple(config.nested) or None))
+
+
+def nested_from(compressor: Compressor, factors: Sequence[float]) -> ICAECompressor:
+    """A nested compressor that begins with the weights of another; it has to be trained before it is one.
+
+    Raises:
+        InputError: the compressor is not ICAE, or its slots cannot be nested (see ICAEConfig).
+    """
+    if not isinstance(compressor, ICAECompressor):
+        raise InputError(f"nested spans are made by icae, not by {compressor.name}; leave `nested` out")
+    config = replace(compressor.config, compression_factor=factors[0], nested=tuple(factors))
+    return ICAECompressor(compressor.backbone, config, encoder=compressor.encoder,
+                          memory_tokens=compressor.memory_tokens.detach())
 
 
 def _stage(config: StageConfig, examples: Mapping[str, list[Example]], trainable: Trainable) -> Stage:
@@ -120,9 +135,10 @@ def _stage(config: StageConfig, examples: Mapping[str, list[Example]], trainable
             raise InputError(f"the objective {source.objective!r} needs {' and '.join(objective.needs)}, which the "
                              f"data set {source.data!r} has not; use data of kind "
                              + ("texts" if "continuation" in objective.needs else "questions or squad"))
-        for factor in source.factors:
+        factors = tuple(source.factors) or trainable.spec.nested
+        for factor in factors:
             trainable.compressor.num_slots(trainable.compressor.max_chunk_tokens, factor)
-        sources.append(SampledSource(objective, usable, source.weight, tuple(source.factors), source.max_spans))
+        sources.append(SampledSource(objective, usable, source.weight, factors, source.max_spans))
     return Stage(config.name, tuple(sources), config.steps, config.batch_size, config.learning_rate,
                  config.warmup_steps, tuple(config.frozen))
 

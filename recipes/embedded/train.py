@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from data import SPECIALS, Corpus, Row, read_lines, read_squad
 from model import PRESETS, Model
-from muon import Muon
-from parallel import share, start, sum_gradients, total
+from parallel import share, spread, start, sum_gradients, total
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from ctxcomp_rag.evaluation.fictional import generate_document
+from ctxcomp_rag.training.muon import Muon
 
 STAGES = ("text", "joint", "compressor")
 COMPRESSOR_RATE = 0.2  # learning rate of a compressor that only has to settle on the frozen decoder
@@ -373,7 +373,7 @@ def make_optimizers(model: Model, stage: str, schedule: Schedule) -> list[torch.
     for p in trained:
         p.requires_grad_(True)
     matrices = {id(p) for b in model.blocks for d in (b.weight, b.lora_a, b.lora_b) for p in d.values()}
-    return [Muon([p for p in trained if id(p) in matrices], lr=schedule.muon_lr),
+    return [Muon([p for p in trained if id(p) in matrices], lr=schedule.muon_lr, spread=spread),
             torch.optim.AdamW([p for p in trained if id(p) not in matrices], lr=schedule.adam_lr, betas=(0.9, 0.95),
                               weight_decay=0.0)]
 

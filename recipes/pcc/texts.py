@@ -8,19 +8,16 @@ from itertools import islice
 from pathlib import Path
 
 from ctxcomp_rag.chunking import Document, split_document
-from ctxcomp_rag.evaluation.fictional import generate_corpus
+from ctxcomp_rag.evaluation.fictional import generate_corpus, training_questions
 from ctxcomp_rag.tokenization import TextTokenizer
 from ctxcomp_rag.training import Example
 
 
 def fictional(count: int, seed: int) -> tuple[list[str], list[Example]]:
-    """(texts, questions about them) of the training split; every third document asks for what it does not state too."""
-    texts, asked = [], []
-    for number, document in enumerate(generate_corpus(count, seed, "train")):
-        texts.append(document.text)
-        questions = [*document.questions, *(document.unanswerable[:1] if number % 3 == 0 else ())]
-        asked += [_question(document.text, q.question, q.answer) for q in questions]
-    return texts, asked
+    """(texts, questions about them) of the training split."""
+    documents = generate_corpus(count, seed, "train")
+    return ([d.text for d in documents],
+            [_question(text, q.question, q.answer) for text, q in training_questions(documents)])
 
 
 def squad(path: Path, tokenizer: TextTokenizer, max_tokens: int, count: int) -> tuple[list[str], list[Example]]:

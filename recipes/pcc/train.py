@@ -1,6 +1,6 @@
 """Train a PCC compressor for a small decoder: an encoder with the decoder's own weights and LoRA, and a converter.
 
-    PYTHONPATH=.:recipes/embedded OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 recipes/pcc/train.py \
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 recipes/pcc/train.py \
         --data DATA --out runs/pcc
 
 DATA holds `squad-train-v1.1.json.xz`. Run the command again after an interruption: it goes on from the last checkpoint.
@@ -14,15 +14,13 @@ the other methods.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
-from muon import Muon
 from texts import fictional, squad
-from torch import nn
 from tqdm import tqdm
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, load_frozen
@@ -41,7 +39,7 @@ from ctxcomp_rag.training import (
     passages,
     summed_bracketed_loss,
 )
-from ctxcomp_rag.training.optimizers import between_states
+from ctxcomp_rag.training.optimizers import muon
 
 SHORT = 4  # source tokens per slot unless drawn otherwise; the warm-up's texts are this much shorter than a segment
 FROZEN = ("special_rows",)
@@ -95,13 +93,6 @@ def make_stages(compressor: PCCCompressor, args: argparse.Namespace) -> list[Sta
             Stage("questions", tuple(questions), args.questions, frozen=FROZEN, **every)]
 
 
-def muon_and_adam(parameters: Mapping[str, nn.Parameter], rate: float) -> Sequence[torch.optim.Optimizer]:
-    """As `ctxcomp_rag.training.optimizers.muon`, with a Muon that is fast on a CPU."""
-    matrices, rest = between_states(parameters)
-    return [Muon(matrices, lr=rate),
-            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with squad-train-v1.1.json.xz")
@@ -125,7 +116,7 @@ def main() -> None:
     compressor = make_compressor(backbone, args.model, segment_tokens=args.segment_tokens, rank=args.rank,
                                  seed=args.seed)
     trainer = Trainer(compressor, partial(summed_bracketed_loss, compressor), make_stages(compressor, args), args.out,
-                      seed=args.seed, optimizers=muon_and_adam, save_every=args.save_every)
+                      seed=args.seed, optimizers=muon, save_every=args.save_every)
     main_process = trainer.accelerator.is_main_process
     with tqdm(unit="step", disable=not main_process, mininterval=10) as bar:
         def show(record: dict[str, object]) -> None:

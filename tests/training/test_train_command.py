@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ctxcomp_rag.backbone import load_frozen
+from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.cli import app
 from ctxcomp_rag.compressors import load_compressor
 from ctxcomp_rag.errors import InputError
@@ -111,6 +112,23 @@ def test_what_was_trained_is_loaded_by_the_product(settings: dict[str, Any], tmp
     assert (compressor.compression_factor, compressor.max_chunk_tokens) == (4.0, 64)
 
 
+def test_a_nested_compressor_goes_on_from_one_that_is_not(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Samples are drawn at every factor, and the result reads its spans at each of them."""
+    settings["stages"] = [{**settings["stages"][0], "steps": 1}]
+    first = train(load_config(written(settings, tmp_path)))
+    begun = {"start": str(first), "nested": [4, 8]}
+    settings |= {"out": str(tmp_path / "nested"), "compressor": begun, "held_out": None}
+    settings["stages"][0] = {**settings["stages"][0], "steps": 2,
+                             "sources": [{"objective": "question", "data": "asked"}]}
+    compressor = load_compressor(train(load_config(written(settings, tmp_path))), load_frozen(settings["model"]))
+    assert compressor.spec.nested == (4.0, 8.0)
+    assert log(tmp_path / "nested")[0]["stages"][0]["sources"][0]["factors"] == [4.0, 8.0]
+    span = compressor.compress([Chunk("d", TEXT[:60], 0, 60, 1)])[0]
+    assert span.first(compressor.spec.slot_counts(span)[8.0]).num_slots < span.num_slots
+    with pytest.raises(InputError, match=r"nested factors that ascend from the compression factor 8, got \(8.0, 4.0\)"):
+        train(load_config(written(settings, tmp_path), [f"out={tmp_path / 'other'}", "compressor.nested=[8, 4]"]))
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_loss_falls_with_checkpointed_gradients_and_in_bf16(precision: str, settings: dict[str, Any],
                                                                 tmp_path: Path) -> None:
@@ -149,7 +167,8 @@ def test_pcc_and_tensorboard(settings: dict[str, Any], decoder: Path, tmp_path: 
 def test_every_recipe_is_a_valid_configuration(path: Path) -> None:
     config = load_config(path)
     assert config.stages
-    assert {"icae-paper", "pcc-paper-lite", "pcc-paper-large", "your-decoder-24gb"} <= {p.stem for p in RECIPES}
+    shipped = {"nested", "icae-paper", "pcc-paper-lite", "pcc-paper-large", "your-decoder-24gb"}
+    assert shipped <= {p.stem for p in RECIPES}
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
@@ -163,6 +182,7 @@ def test_every_recipe_is_a_valid_configuration(path: Path) -> None:
     (["seed"], "expected NAME=VALUE"),
     (["data.texts.id=a/b"], "either a path or an id"),
     (["compressor.method=pcc"], "a pcc compressor needs an encoder"),
+    (["compressor.method=pcc", "compressor.encoder=x", "compressor.nested=[4]"], "nested spans are made by icae"),
 ])
 def test_settings_that_cannot_be_are_named(overrides: list[str], message: str, settings: dict[str, Any],
                                            tmp_path: Path) -> None:

@@ -1,16 +1,15 @@
-"""Muon in fp32, batched over matrices of one shape.
+"""Muon in float32, batched over matrices of one shape.
 
-`torch.optim.Muon` runs its Newton-Schulz iteration in bf16, which a CPU without bf16 instructions
-executes about a hundred times slower than fp32; the update is otherwise the same
-(`adjust_lr_fn="match_rms_adamw"`, Moonshot's scaling, arXiv 2502.16982).
+`torch.optim.Muon` runs its Newton-Schulz iteration in bfloat16, which a CPU without such instructions executes about a
+hundred times slower than float32; the update is otherwise the same (`adjust_lr_fn="match_rms_adamw"`, Moonshot's
+scaling, arXiv 2502.16982).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-import parallel
 import torch
 from torch import Tensor
 
@@ -28,9 +27,21 @@ def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
     return x.mT if transposed else x
 
 
+def _alone(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    return function(stack)
+
+
 class Muon(torch.optim.Optimizer):
+    """For matrices between hidden states; see the module.
+
+    Args:
+        spread: applies a function to the items (n, rows, columns) of a stack, for instance over several processes.
+    """
+
     def __init__(self, params: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95,
-                 weight_decay: float = 0.0) -> None:
+                 weight_decay: float = 0.0,
+                 spread: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = _alone) -> None:
+        self.spread = spread
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -48,7 +59,7 @@ class Muon(torch.optim.Optimizer):
                         state["momentum"] = torch.zeros_like(p)
                     state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                     buffers.append(torch.lerp(p.grad, state["momentum"], group["momentum"]))
-                update = parallel.spread(orthogonalise, torch.stack(buffers))
+                update = self.spread(orthogonalise, torch.stack(buffers))
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
                 for p, u in zip(params, update, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-rate)
