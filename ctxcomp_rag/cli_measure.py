@@ -60,7 +60,10 @@ def evaluate(
     posed = task_named(task).load(data, limit, seed)
     quiet()
     backbone = load_frozen(model)
-    named = {Path(name).name: load_trained_compressor(name, backbone) for name in compressor or ["icae"]}
+    given = list(dict.fromkeys(compressor or ["icae"]))
+    short = [Path(name).name for name in given]
+    names = short if len(set(short)) == len(short) else given  # a/pcc and b/pcc are two
+    named = {name: load_trained_compressor(saved, backbone) for name, saved in zip(names, given, strict=True)}
     maker, *_ = named.values()
     factors = factor or possible_factors(maker)
     systems = default_systems(factors) + further_systems(

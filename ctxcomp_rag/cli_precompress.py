@@ -85,7 +85,10 @@ def precompress(
                                metadata_columns=metadata_column or (), on_error=on_error.value,
                                on_skip=lambda name, error: unread.update({name: str(error)}), on_position=position.set)
     if dry_run:
-        result = _estimate(documents, model, compressor, factor, budget, latent, chunk_tokens, overlap_tokens,
+        if target_retention is not None:
+            raise InputError("a dry run compresses nothing, so it cannot know how many slots --target-retention takes; "
+                             "leave one of the two out")
+        result = _estimate(documents, model, compressor, factor, budget, latent, codec, chunk_tokens, overlap_tokens,
                            on_error.value)
     else:
         from ctxcomp_rag.jobs import WorkerSettings, stop_on_signals
@@ -170,15 +173,19 @@ def _workers(engine: Engine, number: int, rag: CompressedRAG, settings: Any) -> 
 
 
 def _estimate(documents: Iterable[Document], model: str, compressor: str, factor: float | None, budget: str | None,
-              latent: bool, chunk_tokens: int | None, overlap: int, on_error: str) -> dict[str, Any]:
+              latent: bool, codec: str | None, chunk_tokens: int | None, overlap: int, on_error: str) -> dict[str, Any]:
     from ctxcomp_rag.backbone import load_frozen
     from ctxcomp_rag.chunking import split_document
     from ctxcomp_rag.compressors import load_trained_compressor
+    from ctxcomp_rag.index.codecs import DEFAULT_CODECS, codec_named
+    from ctxcomp_rag.index.rows import span_to_bytes
 
     quiet()
     backbone = load_frozen(model)
     maker = load_trained_compressor(compressor, backbone, budget)
     maker = maker.latent if latent else maker
+    stored = codec_named(codec or DEFAULT_CODECS[maker.spec.kind])
+    share = 1.0  # of the exact bytes; what learns from an index's spans is not there yet, and counted as exact
     limit = maker.chunk_limit(chunk_tokens)
     result: dict[str, Any] = {"dry_run": True, "documents": 0, "chunks": 0, "source_tokens": 0, "slots": 0, "bytes": 0,
                               "failures": {}}
@@ -190,9 +197,13 @@ def _estimate(documents: Iterable[Document], model: str, compressor: str, factor
                 raise
             result["failures"][document.id] = str(error)
             continue
+        if not result["chunks"] and not stored.learns:
+            (span,) = maker.compress(chunks[:1], compression_factor=factor)
+            share = len(span_to_bytes(span, stored)) / (span.num_slots * maker.slot_bytes)
         slots = sum(maker.num_slots(c.num_tokens, factor) for c in chunks)
         for key, more in (("documents", 1), ("chunks", len(chunks)), ("slots", slots),
-                          ("source_tokens", sum(c.num_tokens for c in chunks)), ("bytes", slots * maker.slot_bytes)):
+                          ("source_tokens", sum(c.num_tokens for c in chunks)),
+                          ("bytes", round(share * slots * maker.slot_bytes))):
             result[key] += more
     return result
 

@@ -6,9 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.compressors import Compressor
 from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.index import MemoryIndex
 from ctxcomp_rag.index.verify import Damage
 from ctxcomp_rag.pipeline import CompressedRAG
+from ctxcomp_rag.retention import with_retention
 from ctxcomp_rag.retrieval import embed_texts
 from ctxcomp_rag.spans import MemorySpan
 
@@ -33,11 +36,12 @@ def repair_index(rag: CompressedRAG, *, progress: Callable[[int], object] | None
     if not damaged:
         return [], []
     repaired: list[str] = []
+    maker = with_retention(rag.compressor, measured=_measured(memory, {d.chunk_id for d in damaged}), target=None)
 
     def store(intact: Sequence[tuple[Chunk, int]], files: Sequence[str]) -> None:
         chunks = [chunk for chunk, _ in intact]
         vectors = embed_texts(rag.encoder, [chunk.text for chunk in chunks])
-        memory.replace(chunks, _spans(rag, intact), vectors, spec=spec, unreadable_files=files)
+        memory.replace(chunks, _spans(maker, intact), vectors, spec=spec, unreadable_files=files)
         repaired.extend(chunk.id for chunk in chunks)
         if progress:
             progress(len(chunks))
@@ -50,16 +54,21 @@ def repair_index(rag: CompressedRAG, *, progress: Callable[[int], object] | None
     return repaired, memory.verify().damaged
 
 
-def _spans(rag: CompressedRAG, intact: Sequence[tuple[Chunk, int]]) -> list[MemorySpan]:
+def _measured(memory: MemoryIndex, damaged: set[str]) -> bool:
+    """Whether the index stores how much of its facts a span retains: then a span made again must say so too."""
+    whole = next((chunk.id for chunk in memory.chunks() if chunk.id not in damaged), None)
+    return whole is not None and bool(memory.get([whole])[0].span.retention)
+
+
+def _spans(maker: Compressor, intact: Sequence[tuple[Chunk, int]]) -> list[MemorySpan]:
     """Spans with as many slots as there were, in order."""
-    assert rag.compressor is not None
-    if rag.compressor.spec.nested:  # fewer slots are the first ones of a whole span
-        whole = rag.compressor.compress([chunk for chunk, _ in intact])
+    if maker.spec.nested:  # fewer slots are the first ones of a whole span
+        whole = maker.compress([chunk for chunk, _ in intact])
         return [span.first(slots) for span, (_, slots) in zip(whole, intact, strict=True)]
     groups: dict[float | None, list[Chunk]] = defaultdict(list)
     for chunk, slots in intact:
-        usual = rag.compressor.chunk_slots(chunk) == slots
+        usual = maker.chunk_slots(chunk) == slots
         groups[None if usual else chunk.num_tokens / slots].append(chunk)
     made = {span.chunk_id: span for factor, chunks in groups.items()
-            for span in rag.compressor.compress(chunks, compression_factor=factor)}
+            for span in maker.compress(chunks, compression_factor=factor)}
     return [made[chunk.id] for chunk, _ in intact]

@@ -126,8 +126,10 @@ class MeasuringCompressor(Compressor):
 
 
 def with_retention(compressor: Compressor, *, measured: bool, target: float | None) -> Compressor:
-    """The compressor as it is, or measuring where retention is to be measured or a target reached."""
-    return MeasuringCompressor(compressor, target) if measured or target is not None else compressor
+    """The compressor, measuring where retention is to be measured or a target reached (one that measures: as it is)."""
+    if isinstance(compressor, MeasuringCompressor) or not (measured or target is not None):
+        return compressor
+    return MeasuringCompressor(compressor, target)
 
 
 def reconstructions(decoder: FrozenDecoder, spans: Sequence[MemorySpan], spec: SpanSpec) -> list[str]:

@@ -148,6 +148,9 @@ def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
     assert result["dry_run"] is True
     assert result["slots"] > 0
     assert not (tmp_path / "kb").exists()
+    exact = as_json(ctxcomp("precompress", folder, "--out", tmp_path / "kb", "--dry-run", "--codec", "exact", "--json"))
+    assert exact["slots"] == result["slots"]
+    assert 2 < exact["bytes"] / result["bytes"] < 4  # the default stores a byte a number, and a scale a channel
 
 
 def test_standard_input_is_a_document(tmp_path: Path) -> None:
@@ -171,6 +174,8 @@ def test_a_broken_file_stops_the_job_by_name_or_is_skipped(folder: Path, tmp_pat
     (["precompress", "no/such/path", "--out", "x"], "no/such/path"),
     (["precompress", "{folder}", "--out", "{tmp}/x", "--text-column", "body"], "body"),
     (["precompress", "{folder}", "--out", "{tmp}/x", "--factor", "nan", "--dry-run"], "factor of at least 1"),
+    (["precompress", "{folder}", "--out", "{tmp}/x", "--target-retention", "0.9", "--dry-run"],
+     "cannot know how many slots --target-retention takes"),
     (["precompress", "{folder}", "--out", "{tmp}/x", "--chunk-tokens", "0"], "expected chunks of 1 to"),
     (["precompress", "{folder}", "--out", "{folder}/more.jsonl"], "a file is there"),
     (["precompress"], "Missing argument"),

@@ -75,6 +75,17 @@ def test_a_damaged_span_and_a_damaged_vector_are_made_again(whole: Path, path: P
                    for a, b in zip(index.get(untouched), before.get(untouched), strict=True))
 
 
+def test_what_a_span_retains_is_measured_again_where_the_index_says_it(tmp_path: Path) -> None:
+    with CompressedRAG.create(tmp_path / "kb", codec="exact", retention=True) as rag:
+        rag.index(DOCUMENTS[:2])
+        before = {c.id: rag.memory.get([c.id])[0].span.retention for c in rag.memory.chunks()}
+    assert all(before.values())
+    harmed = damage(tmp_path / "kb", "span", 0)
+    with CompressedRAG.create(tmp_path / "kb") as rag:
+        assert repair_index(rag) == ([harmed], [])
+        assert {c.id: rag.memory.get([c.id])[0].span.retention for c in rag.memory.chunks()} == before
+
+
 def test_nested_spans_have_as_many_slots_again_and_go_through_what_the_codec_has_learned(tmp_path: Path) -> None:
     compressor, encoder = icae(CONFIG), LetterCounts()
     with MemoryIndex.create(tmp_path / "kb", compressor.spec, vector_size=26, retrieval_encoder=encoder_name(encoder),

@@ -38,6 +38,8 @@ PRESETS = {
     # what two cores without bf16 instructions train in about an hour; home ground first, little English
     "small": Shape(vocab_size=1024, hidden_size=192, num_layers=4, num_heads=6, intermediate_size=512),
     "base": Shape(),
+    # what `grow.py` makes of "small"
+    "wide": Shape(vocab_size=1024, hidden_size=256, num_layers=6, num_heads=8, intermediate_size=704),
 }
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

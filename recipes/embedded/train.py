@@ -1,8 +1,9 @@
 """Train the embedded decoder and its ICAE compressor from scratch. Resumable: run the same command again.
 
-Stages: `text` (language model + questions) -> `joint` (the same weights also read slots) -> `compressor`
-(decoder frozen, LoRA + memory token + [AE] go on). Each ends with a linear decay of the learning rate where
-the stage says so; checkpoints carry weights, optimizer state and the step, and data depend on (seed, step) only.
+Stages: `text` (language model + questions) -> `english` (for weights that read slots already: mostly SQuAD and
+Wikipedia as text) -> `joint` (the same weights also read slots) -> `compressor` (decoder frozen, LoRA + memory token +
+[AE] go on). Each ends with a linear decay of the learning rate where the stage says so; checkpoints carry weights,
+optimizer state and the step, and data depend on (seed, step) only.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 from ctxcomp_rag.evaluation.fictional import generate_document
 from ctxcomp_rag.training.muon import Muon
 
-STAGES = ("text", "joint", "compressor")
+STAGES = ("text", "english", "joint", "compressor")
 COMPRESSOR_RATE = 0.2  # learning rate of a compressor that only has to settle on the frozen decoder
 # Once the curriculum is over: how often a factor is drawn. English at 8x and beyond is out of this model's reach.
 FACTORS = {"fictional": {1: 5, 2: 10, 3: 5, 4: 40, 6: 5, 8: 25, 12: 3, 16: 7},
@@ -41,6 +42,7 @@ class Schedule:
     """Steps of each stage and where its learning rate starts to fall (share of the stage)."""
 
     text: int = 700
+    english: int = 0
     joint: int = 2900
     compressor: int = 500
     decay_from: float = 0.5
@@ -305,6 +307,7 @@ def draw_factor(rng: random.Random, source: str, progress: float, limit: float) 
 MIX = {"text": ({"fictional": 10}, {}, {"fictional": 4}),
        "joint": ({"fictional": 1, "squad": 3, "wiki": 1}, {"fictional": 5, "squad": 3, "wiki": 2},
                  {"fictional": 3, "squad": 1}),
+       "english": ({"fictional": 1, "squad": 8, "wiki": 2}, {"fictional": 2, "squad": 1}, {"fictional": 1}),
        "compressor": ({}, {"fictional": 5, "squad": 3, "wiki": 2}, {"fictional": 3, "squad": 1})}
 
 
@@ -425,7 +428,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--evaluate-every", type=int, default=250)
     parser.add_argument("--save-every", type=int, default=50)
-    parser.add_argument("--init-from", type=Path, help="start the joint stage from the weights of this checkpoint")
+    parser.add_argument("--init-from", type=Path, help="start after the text stage, from these weights")
     args = parser.parse_args()
     rank, world = start()
     schedule = Schedule(**{name: getattr(args, name) for name in asdict(Schedule())})
@@ -452,7 +455,7 @@ def main() -> None:
         load(model, optimizers, checkpoint)
     elif args.init_from:
         load(model, None, args.init_from)
-        start_stage = "joint"
+        start_stage = "english"
     for stage in STAGES[STAGES.index(start_stage):]:
         if stage != start_stage or optimizers is None:
             optimizers = make_optimizers(model, stage, schedule)
@@ -486,7 +489,7 @@ def main() -> None:
                 began = time.time()
             if not rank and ((step + 1) % args.save_every == 0 or step + 1 == steps):
                 done = step + 1 == steps
-                following = STAGES[min(STAGES.index(stage) + 1, 2)]
+                following = STAGES[min(STAGES.index(stage) + 1, len(STAGES) - 1)]
                 where = {"stage": following, "step": 0} if done and stage != "compressor" else {
                     "stage": stage, "step": step + 1}
                 if done:

@@ -42,8 +42,8 @@ def decode(recipe: ModuleType, model: torch.nn.Module, ids: list[int]) -> torch.
     n = len(ids)
     bias = torch.zeros(1, 1, n, n).masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), -1e9)
     nothing = torch.zeros(1, n, dtype=torch.long)
-    return model.decode(torch.tensor([ids]), torch.zeros(0, 32), nothing.bool(), nothing, torch.arange(n)[None], bias,
-                        (nothing[0], torch.arange(n)))
+    return model.decode(torch.tensor([ids]), torch.zeros(0, model.shape.hidden_size), nothing.bool(), nothing,
+                        torch.arange(n)[None], bias, (nothing[0], torch.arange(n)))
 
 
 def test_the_exported_llama_gives_the_same_logits(recipe: ModuleType, model: torch.nn.Module) -> None:
@@ -72,6 +72,33 @@ def test_a_question_branch_scores_as_a_prompt_of_its_own(recipe: ModuleType, mod
             expected -= sum(float(scores[i - 1, whole[i]]) for i in range(begin, len(whole)))
     assert outcome.sums["answer"] == pytest.approx(expected, abs=1e-3)
     assert outcome.counts["answer"] == 3 + 3
+
+
+def test_a_grown_model_computes_the_same_and_all_of_it_learns(recipe: ModuleType, model: torch.nn.Module) -> None:
+    sys.path.insert(0, str(RECIPE))
+    from grow import grow
+    from model import Shape
+
+    torch.manual_seed(2)
+    large = grow(model, Shape(vocab_size=90, hidden_size=48, num_layers=3, num_heads=6, intermediate_size=64,
+                              lora_rank=4))
+    ids = torch.randint(0, 90, (20,)).tolist()
+    # not to the last digit: the epsilon of a norm weighs more in a mean over more channels
+    torch.testing.assert_close(decode(recipe, large, ids), decode(recipe, model, ids), atol=2e-3, rtol=0)
+    slots, _ = recipe.encode_spans(large, [(ids, 4.0)])
+    expected, _ = recipe.encode_spans(model, [(ids, 4.0)])
+    torch.testing.assert_close(slots[:, :32], expected, atol=2e-3, rtol=2e-3)
+    assert not slots[:, 32:].any()
+    optimizer = torch.optim.SGD(large.parameters(), lr=0.1)
+    for _ in range(3):  # what writes first, then what is read
+        optimizer.zero_grad()
+        (decode(recipe, large, ids).square().mean() + recipe.encode_spans(large, [(ids, 4.0)])[0].square().mean()
+         ).backward()
+        optimizer.step()
+    still = [n for n, p in large.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == []
+    with pytest.raises(ValueError, match="expected sizes of at least"):
+        grow(large, model.shape)
 
 
 def test_slots_sit_on_the_last_token_of_their_piece(recipe: ModuleType) -> None:
