@@ -74,7 +74,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.device
+        device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
     @property
@@ -159,6 +159,18 @@ class Backbone:
             made.__dict__.pop(name, None)
         made.model, made.config, made._same_as = tree, tree.config.get_text_config(), self
         return made
+
+    def release_layers(self) -> None:
+        """Give back the memory of all weights but the embeddings, for good: another engine decodes.
+
+        Fingerprint, tokenizer and `embed` stay; running the model raises RuntimeError or NotImplementedError.
+        """
+        _ = self.fingerprint  # says what the weights were
+        kept = set(self.model.get_input_embeddings().modules())
+        for module in self.model.modules():
+            if module not in kept:
+                for name, weight in module.named_parameters(recurse=False):
+                    setattr(module, name, nn.Parameter(weight.to("meta"), requires_grad=False))
 
     @cached_property
     def first_layers(self) -> PreTrainedModel:

@@ -99,6 +99,7 @@ def _backend(rag: CompressedRAG, limits: RequestLimits, url: str | None, max_bat
     from ctxcomp_rag.serving.vllm_server import VLLMBackend
 
     require_consecutive(rag.spec)
+    rag.backbone.release_layers()
     return VLLMBackend(decoder, url, limits=limits)
 
 

@@ -57,6 +57,17 @@ class TestEveryArchitecture:
         through_rows = logits(backbone.model, inputs_embeds=backbone.embed(IDS))
         torch.testing.assert_close(through_rows, logits(backbone.model), atol=1e-6, rtol=0)
 
+    def test_released_it_keeps_its_name_and_embeddings_only(self, name: str, tmp_path: Path) -> None:
+        backbone, whole = load_frozen(save_tiny(name, tmp_path), device="cpu"), tiny_backbone(name)
+        backbone.release_layers()
+        assert backbone.fingerprint.weights_digest == whole.fingerprint.weights_digest
+        assert (backbone.device.type, backbone.dtype) == ("cpu", whole.dtype)
+        assert backbone.embed(IDS).equal(whole.embed(IDS))
+        held = [n for n, p in backbone.model.named_parameters() if p.device.type != "meta"]
+        assert len(held) == 1
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            logits(backbone.model)
+
     def test_second_tree_is_other_modules_over_the_same_storage(self, name: str) -> None:
         backbone = tiny_backbone(name)
         tree = backbone.second_tree()
