@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -60,15 +61,13 @@ def evaluate(
     posed = task_named(task).load(data, limit, seed)
     quiet()
     backbone = load_frozen(model)
-    given = list(dict.fromkeys(compressor or ["icae"]))
-    short = [Path(name).name for name in given]
-    names = short if len(set(short)) == len(short) else given  # a/pcc and b/pcc are two
-    named = {name: load_trained_compressor(saved, backbone) for name, saved in zip(names, given, strict=True)}
+    named = {name: load_trained_compressor(saved, backbone)
+             for name, saved in short_names(compressor or ["icae"]).items()}
     maker, *_ = named.values()
     factors = factor or possible_factors(maker)
     systems = default_systems(factors) + further_systems(
         {name: made for name, made in named.items() if made is not maker}, factors, codecs=codec or (), mixed=mixed,
-        extractor=LLMLingua2(llmlingua) if llmlingua else None)
+        extractor=LLMLingua2(llmlingua, backbone.tokenizer) if llmlingua else None)
     chosen = SETTINGS if setting is Setting.both else (setting.value,)
     with tqdm(desc="eval", unit="answer", file=sys.stderr, disable=None) as bar:
         def advance(what: str, answered: int) -> None:
@@ -96,6 +95,13 @@ def evaluate(
         stored = "-" if r.index_bytes is None else f"{r.index_bytes:g}"
         to_out.print(f"{r.setting:10} {r.system:18} {scores} {kept:>8} {r.positions:10.1f} {waits} {stored:>13}"
                      + (f"  ({r.too_long} prompts do not fit the window)" if r.too_long else ""))
+
+
+def short_names(compressors: Sequence[str]) -> dict[str, str]:
+    """Name -> compressor: folders by their last part, by their whole path where two would be called the same."""
+    given = list(dict.fromkeys(compressors))
+    short = [Path(name).name for name in given]
+    return dict(zip(short if len(set(short)) == len(short) else given, given, strict=True))
 
 
 def codecs(
