@@ -212,7 +212,7 @@ class Comparison:
 
     def _extract(self, system: System, chunk: Chunk) -> str:
         if system.extractor is None:
-            raise InputError(f"the system {system.name!r} has no extractor; pass one, such as LLMLingua2(model, tokenizer)")
+            raise InputError(f"the system {system.name!r} has no extractor; pass one, such as LLMLingua2")
         key = system.name, chunk.id
         if key not in self._texts:
             begin = time.perf_counter()

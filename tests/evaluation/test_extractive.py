@@ -57,5 +57,5 @@ def test_the_share_of_words_that_is_kept(factor: float, tmp_path: Path) -> None:
 def test_a_model_whose_words_the_package_does_not_know(tmp_path: Path) -> None:
     pytest.importorskip("llmlingua", reason="the extra `llmlingua` is not installed")
     extract = LLMLingua2(str(classifier(tmp_path / "mine")), OneEach())
-    with pytest.raises(ModelLoadError, match="does not know how words begin in '.*mine'; its folder must be called"):
+    with pytest.raises(ModelLoadError, match=r"does not know how words begin in '.*mine'; its folder must be called"):
         extract("word1 word2", 2.0)
