@@ -48,7 +48,6 @@ class LanceReader(TableReader):
                                                   with_row_id=True).to_table())
 
     def count_rows(self) -> int:
-        """Rows that are stored, counted by Lance; as many as `rows`, unless files are unreadable."""
         return int(self._dataset.count_rows())
 
 

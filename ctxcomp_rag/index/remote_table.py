@@ -87,6 +87,9 @@ class RemoteTable(TableReader):
     def uncached(self) -> TableReader:
         return self._through_lance
 
+    def count_rows(self) -> int:
+        return self._through_lance.count_rows()
+
     def stored_bytes(self) -> int:
         return len(self._data) + sum(file.size for file in self._publication.files.values())
 

@@ -123,6 +123,10 @@ class TableReader(ABC):
     def latest(self) -> Self | None:
         """The newest version, or None where this is it."""
 
+    @abstractmethod
+    def count_rows(self) -> int:
+        """Rows that are stored, counted by Lance; as many as `rows`, unless files are unreadable."""
+
     def newer_unreadable(self) -> Path | None:
         """The manifest of a version after this one that cannot be read, if there is one."""
         return None
