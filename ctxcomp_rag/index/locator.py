@@ -4,7 +4,7 @@
 
 One file for each data file of the table, made by one scan through Lance, read by memory mapping. Data files never
 change and their names are never given out twice, so a file that is there is right. With it a span is one ranged
-read away: by row id Lance takes three requests after one another, by chunk id six.
+read away; through Lance it takes several requests after one another.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from ctxcomp_rag.index.folder import (
 )
 from ctxcomp_rag.index.index_reader import IndexReader, T, vectors_for
 from ctxcomp_rag.index.inputs import places_of_chunks
-from ctxcomp_rag.index.object_store import object_uri
+from ctxcomp_rag.index.object_store import object_uri, require_folder
 from ctxcomp_rag.index.pins import pinned_versions
 from ctxcomp_rag.index.publish import PushReport, publish
 from ctxcomp_rag.index.rows import Row, codec_for
@@ -55,12 +55,14 @@ class AddReport:
 
 
 class MemoryIndex(IndexReader):
-    """Compressed chunks on disk, searched by vector. Make one with `create` or `open`.
+    """Compressed chunks, searched by vector. Make one with `create` or `open`.
 
     Any number of readers and at most one writer, over all processes. A reader sees the version it opened until
     `refresh`, through every compaction but one that erases. All methods may be called from several threads.
 
     Attributes:
+        path: the folder; of an index in an object store, what this machine keeps of it.
+        location: where it was opened, as a folder or a URI.
         spec: what the spans are and which decoder reads them.
         vector_size: numbers per vector.
         retrieval_encoder: name of what made the vectors.
@@ -89,10 +91,7 @@ class MemoryIndex(IndexReader):
             InputError: there is no such codec, vector_size is below 1, or the path is a URI.
             IndexFolderError: something is there already, or the folder cannot be written.
         """
-        uri = object_uri(path)
-        if uri:
-            raise InputError(f"expected a folder of this machine for a new index, got {uri}. Make it here, then "
-                             f"publish it: ctxcomp push DIR {uri}")
+        require_folder(path)
         path = Path(path).absolute()
         codec = codec_named(codec or DEFAULT_CODECS[spec.kind]).name
         if vector_size < 1:

@@ -29,6 +29,14 @@ def object_uri(path: str | Path) -> str | None:
     return f"s3://{found[1]}" if found else None
 
 
+def require_folder(path: str | Path) -> None:
+    """Raises InputError where a path to write to is a URI."""
+    uri = object_uri(path)
+    if uri:
+        raise InputError(f"expected a folder of this machine to write an index to, got {uri}. Write it to one, then "
+                         f"publish it: ctxcomp push DIR {uri}")
+
+
 @dataclass(frozen=True)
 class StoredObject:
     """size: bytes. e_tag: changes with the bytes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,6 @@ def test_a_push_that_is_killed_leaves_the_old_version_and_the_next_one_completes
 
 
 def test_a_copy_that_went_its_own_way_is_refused(index: MemoryIndex, uri: str, tmp_path: Path) -> None:
-    import shutil
-
     CORPUS.add_to(index, slice(0, 20))
     index.close()
     shutil.copytree(index.path, tmp_path / "copy")
@@ -134,7 +133,7 @@ def test_two_pushes_at_a_time_do_not_overwrite_each_other(index: MemoryIndex, ur
             entry.put(Body=json.dumps({**json.loads(entry.get()["Body"].read()), "theirs": True}))
         return False
 
-    with s3.silent_to(somebody_pushes), pytest.raises(IndexFolderError, match="somebody else pushed .* meanwhile"):
+    with s3.silent_to(somebody_pushes), pytest.raises(IndexFolderError, match=r"somebody else pushed .* meanwhile"):
         index.push(uri)
     assert json.loads(bucket.Object("kb/index.json").get()["Body"].read())["theirs"]
     with MemoryIndex.open(uri) as remote:
@@ -148,7 +147,7 @@ def test_what_cannot_be_pushed_says_why(index: MemoryIndex, uri: str) -> None:
     index.close()
     data_files(index.path)[0].write_bytes(b"torn")
     with pytest.warns(UserWarning, match="cannot be read"), MemoryIndex.open(index.path) as damaged, \
-            pytest.raises(IndexDamagedError, match="See ctxcomp verify .* repair it, then push again"):
+            pytest.raises(IndexDamagedError, match=r"See ctxcomp verify .* repair it, then push again"):
         damaged.push(uri)
 
 
