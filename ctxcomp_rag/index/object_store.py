@@ -82,6 +82,13 @@ class ObjectFolder:
             found = obstore.get(self._store, name)
             return bytes(found.bytes()), found.meta["e_tag"] or ""
 
+    def e_tag(self, name: str) -> str:
+        """Of an object as it is now; raises FileNotFoundError."""
+        import obstore
+
+        with self._sentences(name):
+            return obstore.head(self._store, name)["e_tag"] or ""
+
     def get_range(self, name: str, start: int, size: int) -> bytes:
         """`size` bytes from `start` in one request; raises FileNotFoundError."""
         import obstore

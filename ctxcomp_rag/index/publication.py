@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from ctxcomp_rag.errors import IndexDamagedError, IndexFolderError
 from ctxcomp_rag.index.folder import MANIFEST, TABLE
@@ -55,9 +55,17 @@ class Publication:
 
     @classmethod
     def from_bytes(cls, data: bytes, uri: str) -> Self:
-        """Raises IndexDamagedError: these are not the bytes of an `index.json` that was published."""
+        """
+        Raises:
+            IndexDamagedError: these are not the bytes of an `index.json`.
+            IndexFolderError: it was not published, but copied.
+        """
         try:
             index = json.loads(data)
+            if _KEY not in index:
+                raise IndexFolderError(f"expected an index that was pushed to {uri}, but its {MANIFEST} names no "
+                                       f"objects: a folder was copied there. Push it into an empty prefix: ctxcomp "
+                                       f"push DIR s3://BUCKET/PREFIX")
             published = index.pop(_KEY)
             files = {str(name): PublishedFile(**file) for name, file in published["files"].items()}
             return cls(index, int(published["version"]), files, published["current"])
@@ -66,19 +74,27 @@ class Publication:
                                     f"empty prefix: ctxcomp push DIR s3://BUCKET/PREFIX") from error
 
 
-def read_publication(store: ObjectFolder) -> tuple[Publication, bytes, str] | None:
-    """What is published there, the bytes that say so, their e_tag; None for nothing."""
+class Found(NamedTuple):
+    """What is published somewhere, and the bytes and e_tag of the `index.json` that says so."""
+
+    publication: Publication
+    data: bytes
+    e_tag: str
+
+
+def read_publication(store: ObjectFolder) -> Found | None:
+    """What is published there; None for nothing."""
     try:
         data, tag = store.get(MANIFEST)
     except FileNotFoundError:
         return None
-    return Publication.from_bytes(data, store.uri), data, tag
+    return Found(Publication.from_bytes(data, store.uri), data, tag)
 
 
-def require_publication(store: ObjectFolder) -> tuple[Publication, bytes]:
+def require_publication(store: ObjectFolder) -> Found:
     """Raises IndexFolderError where nothing is published."""
     found = read_publication(store)
     if found is None:
         raise IndexFolderError(f"expected an index at {store.uri}, but there is no {MANIFEST}. Check the prefix, or "
                                f"publish an index there: ctxcomp push DIR {store.uri}")
-    return found[:2]
+    return found

@@ -57,7 +57,7 @@ def publish(folder: Path, table: SpanTable, where: str, progress: Progress | Non
     store = ObjectFolder(uri)
     index, files = _local(folder, table)
     found = read_publication(store)
-    before, _, tag = found or (None, b"", None)
+    before, tag = (found.publication, found.e_tag) if found else (None, None)
     *others, manifest = files
     if before:
         _require_same(before, index, table.version, uri)

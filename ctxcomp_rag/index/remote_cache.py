@@ -26,13 +26,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ctxcomp_rag.errors import IndexDamagedError
+from ctxcomp_rag.errors import IndexDamagedError, IndexFolderError
 from ctxcomp_rag.index.folder import MANIFEST, TABLE
 from ctxcomp_rag.index.lance_reader import data_files, panics_are_errors
 from ctxcomp_rag.index.locator import row_file, write_rows
 from ctxcomp_rag.index.object_store import ObjectFolder
 from ctxcomp_rag.index.pins import pinned_versions
-from ctxcomp_rag.index.publication import DATA, Publication
+from ctxcomp_rag.index.publication import DATA, Found, Publication
 from ctxcomp_rag.index.vectors import CURRENT
 
 _LIVE: Final = "rows.npy"
@@ -45,17 +45,27 @@ def cache_of(uri: str) -> Path:
     base = os.environ.get("CTXCOMP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ctxcomp")
     name = re.sub(r"\W+", "-", uri.removeprefix("s3://"))[:64]
     folder = Path(base).expanduser() / f"{name}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise cannot_keep(uri, folder, error) from error
     return folder
 
 
-def bring(store: ObjectFolder, publication: Publication, data: bytes, cache: Path) -> Path:
-    """Fetch what is missing of a version, whose `index.json` is `data`; returns its folder.
+def cannot_keep(uri: str, folder: Path, error: OSError) -> IndexFolderError:
+    """What to raise where the cache cannot be written to."""
+    return IndexFolderError(f"expected to be able to keep texts and vectors of {uri} in {folder}, got: {error}. Free "
+                            f"some space, or set CTXCOMP_CACHE to a folder that you may write to.")
+
+
+def bring(store: ObjectFolder, found: Found, cache: Path) -> Path:
+    """Fetch what is missing of a version; returns its folder.
 
     Raises:
         IndexDamagedError: an object is not what was published.
         FileNotFoundError: it is gone; a newer version may have taken its place.
     """
+    publication, data, _ = found
     folder = cache / str(publication.version)
     if _holds(folder, data) and all(file.exists() for file in row_files(publication, cache)):
         return folder

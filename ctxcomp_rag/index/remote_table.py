@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
-from ctxcomp_rag.errors import IndexDamagedError, IndexUnreachableError
-from ctxcomp_rag.index.folder import Manifest
+from ctxcomp_rag.errors import IndexDamagedError, IndexFolderError, IndexUnreachableError
+from ctxcomp_rag.index.folder import MANIFEST, Manifest
 from ctxcomp_rag.index.lance_reader import LanceReader
 from ctxcomp_rag.index.locator import places, read_rows
 from ctxcomp_rag.index.object_store import ObjectFolder
-from ctxcomp_rag.index.publication import Publication, require_publication
-from ctxcomp_rag.index.remote_cache import bring, cache_of, forget, live_rows, open_table, row_files
+from ctxcomp_rag.index.publication import Found, require_publication
+from ctxcomp_rag.index.remote_cache import bring, cache_of, cannot_keep, forget, live_rows, open_table, row_files
 from ctxcomp_rag.index.span_cache import Place, SpanCache
 from ctxcomp_rag.index.table_reader import TableReader, names_in
 from ctxcomp_rag.spans import MemorySpan
@@ -35,13 +35,12 @@ class RemoteTable(TableReader):
         manifest: what `index.json` says of any index.
     """
 
-    def __init__(self, store: ObjectFolder, cache: Path, folder: Path, publication: Publication, data: bytes,
-                 spans: SpanCache) -> None:
-        super().__init__(publication.version, folder)
+    def __init__(self, store: ObjectFolder, cache: Path, folder: Path, found: Found, spans: SpanCache) -> None:
+        super().__init__(found.publication.version, folder)
         self.cache, self.manifest = cache, Manifest.read(folder)
         self.remedy = f"Push the index again from its folder: ctxcomp push DIR {store.uri}"
-        self._store, self._publication, self._data, self._spans = store, publication, data, spans
-        self._local = read_rows(row_files(publication, cache), self.manifest.vector_size)
+        self._store, self._found, self._spans = store, found, spans
+        self._local = read_rows(row_files(found.publication, cache), self.manifest.vector_size)
         self._ids = live_rows(folder)
         known = self._local["_rowid"].to_numpy().astype(np.int64)
         order = np.argsort(known)
@@ -62,27 +61,32 @@ class RemoteTable(TableReader):
         """
         store = ObjectFolder(uri)
         spans = SpanCache(lambda place: store.get_range(*place))
-        return cls._open(store, *require_publication(store), spans)
+        return cls._open(store, require_publication(store), spans)
 
     @classmethod
-    def _open(cls, store: ObjectFolder, publication: Publication, data: bytes, spans: SpanCache) -> Self:
+    def _open(cls, store: ObjectFolder, found: Found, spans: SpanCache) -> Self:
         cache = cache_of(store.uri)
         try:
-            return cls(store, cache, bring(store, publication, data, cache), publication, data, spans)
+            return cls(store, cache, bring(store, found, cache), found, spans)
         except IndexUnreachableError:
             raise
         except Exception:  # a newer version was published meanwhile, or the cache is damaged
-            forget(publication, cache)
-        publication, data = require_publication(store)
+            forget(found.publication, cache)
+        found = require_publication(store)
         try:
-            return cls(store, cache, bring(store, publication, data, cache), publication, data, spans)
+            return cls(store, cache, bring(store, found, cache), found, spans)
         except FileNotFoundError as error:
             raise IndexDamagedError(f"{error}, although it was published. Push the index again from its folder: "
                                     f"ctxcomp push DIR {store.uri}") from error
+        except IndexFolderError:
+            raise
+        except OSError as error:
+            raise cannot_keep(store.uri, cache, error) from error
 
     def latest(self) -> Self | None:
-        publication, data = require_publication(self._store)
-        return None if data == self._data else type(self)._open(self._store, publication, data, self._spans)
+        if self._store.e_tag(MANIFEST) == self._found.e_tag:
+            return None
+        return type(self)._open(self._store, require_publication(self._store), self._spans)
 
     def uncached(self) -> TableReader:
         return self._through_lance
@@ -91,7 +95,7 @@ class RemoteTable(TableReader):
         return self._through_lance.count_rows()
 
     def stored_bytes(self) -> int:
-        return len(self._data) + sum(file.size for file in self._publication.files.values())
+        return len(self._found.data) + sum(file.size for file in self._found.publication.files.values())
 
     # -- reading
 
@@ -103,7 +107,7 @@ class RemoteTable(TableReader):
             found = self._through_lance.read_rows(row_ids)
             warnings.warn(f"rows of {self._store.uri} that were kept in {self.cache} are damaged; they were read anew.",
                           stacklevel=4)
-            forget(self._publication, self.cache)
+            forget(self._found.publication, self.cache)
             return found
 
     def _scan(self, columns: Sequence[str], row_ids: Sequence[int] | None = None) -> pa.Table:
@@ -126,7 +130,7 @@ class RemoteTable(TableReader):
 
     def _is_published(self, place: Place) -> bool:
         """Whether the bytes lie where Lance is thought to have put them."""
-        file = self._publication.files.get(place.object)
+        file = self._found.publication.files.get(place.object)
         return file is not None and place.start + place.size <= file.size
 
     @cached_property

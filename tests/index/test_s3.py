@@ -69,13 +69,14 @@ def test_every_way_of_asking_gets_the_answer_of_the_folder(index: MemoryIndex, p
 
 def test_the_locator_finds_small_large_and_huge_spans_where_lance_does(tmp_path: Path, uri: str, s3: S3Server) -> None:
     chunks = make_corpus(5).chunks
-    sizes = (4, 1_500, 70_000, 1_600, 5)  # in the data file, together in a file beside it, alone in one
+    sizes = (4, 1_500, 90_000, 1_600, 5)  # in the data file, together in a file beside it, alone in one
     spans = [SoftSpan(c.id, 8, torch.arange(n), n, torch.randn(n, 16)) for c, n in zip(chunks, sizes, strict=True)]
     corpus = Corpus(chunks, spans, make_corpus(5).vectors)
     with MemoryIndex.create(tmp_path / "kb", SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="minilm",
                             codec="exact") as index:
         corpus.add_to(index)
         index.push(uri)
+        assert index.push(uri).uploaded == 0  # the largest went in parts
     table = RemoteTable.open(uri)
     rows = list(table.rows.values())
     s3.forget()
@@ -86,7 +87,19 @@ def test_the_locator_finds_small_large_and_huge_spans_where_lance_does(tmp_path:
         assert_same_span(found[row][1], span)
         assert_same_span(oracle[row][1], span)
     assert len(requested) == 5
-    assert {r.name for r in requested if r.bytes} == {f"kb/{name}" for name in table._publication.files if DATA in name}
+    assert {r.name for r in requested if r.bytes} == {f"kb/{n}" for n in table._found.publication.files if DATA in n}
+
+
+def test_spans_of_a_codec_that_learns_are_read_with_its_tables(tmp_path: Path, uri: str) -> None:
+    corpus = make_corpus(260)
+    with MemoryIndex.create(tmp_path / "kb", SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="minilm",
+                            codec="pq4") as index:
+        corpus.add_to(index)
+        index.push(uri)
+        expected = index.get(corpus.ids)
+    with MemoryIndex.open(uri) as remote:
+        for found, stored in zip(remote.get(corpus.ids), expected, strict=True):
+            assert_same_span(found.span, stored.span)
 
 
 def test_an_index_without_chunks_can_be_published(index: MemoryIndex, uri: str) -> None:
@@ -130,7 +143,7 @@ def test_opening_what_was_open_before_costs_one_request(s3: S3Server, published:
         assert [(r.method, r.name) for r in s3.requests] == [("GET", "kb/index.json")]
         s3.forget()
         index.refresh()
-        assert [(r.method, r.name) for r in s3.requests] == [("GET", "kb/index.json")]
+        assert [(r.method, r.name) for r in s3.requests] == [("HEAD", "kb/index.json")]
         assert_holds(index, CORPUS)
 
 
@@ -256,6 +269,24 @@ def test_a_published_index_is_changed_where_it_was_pushed_from(published: str) -
                 change()
     with pytest.raises(InputError, match=r"expected a folder of this machine .* ctxcomp push DIR s3://lake/new"):
         MemoryIndex.create("s3://lake/new", SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="minilm")
+
+
+def test_an_index_json_that_is_torn_or_was_copied_is_not_opened(published: str, bucket: Any, index: MemoryIndex
+                                                                 ) -> None:
+    bucket.put_object(Key="kb/index.json", Body=b"{torn")
+    with pytest.raises(IndexDamagedError, match=r"index.json in s3://.* cannot be read"):
+        MemoryIndex.open(published)
+    bucket.put_object(Key="kb/index.json", Body=(index.path / "index.json").read_bytes())
+    with pytest.raises(IndexFolderError, match=r"a folder was copied there. Push it into an empty prefix"):
+        MemoryIndex.open(published)
+
+
+def test_without_a_place_to_keep_rows_it_says_which_variable_to_set(published: str, tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CTXCOMP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(IndexFolderError, match=r"expected to be able to keep texts and vectors .* set CTXCOMP_CACHE"):
+        MemoryIndex.open(published)
 
 
 def test_what_cannot_be_opened_says_why(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
