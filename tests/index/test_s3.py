@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ctxcomp_rag.index.span_cache import Place, SpanCache
 from ctxcomp_rag.spans import SoftSpan
 from tests.index.checks import QUERIES, assert_holds, assert_same_span
 from tests.index.conftest import SOFT, VECTOR_SIZE, Corpus, make_corpus
+from tests.index.flips import corpus_with_large_spans, look, make_index_of_every_file_kind
 from tests.index.s3 import S3Server
 
 CORPUS = make_corpus(40)
@@ -324,3 +327,22 @@ def test_without_obstore_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(InputError, match=r"pip install 'ctxcomp-rag\[s3\]'"):
         MemoryIndex.open("s3://lake/kb")
+
+
+def test_no_flipped_bit_in_any_object_gives_a_wrong_span(tmp_path: Path, uri: str, bucket: Any,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    make_index_of_every_file_kind(tmp_path / "kb")
+    with MemoryIndex.open(tmp_path / "kb") as index:
+        index.push(uri)
+    corpus, rng = corpus_with_large_spans(), random.Random(4)
+    outcomes: Counter[str] = Counter()
+    for i, entry in enumerate(bucket.objects.all()):
+        whole = entry.get()["Body"].read()
+        at, bit = rng.randrange(len(whole)), rng.randrange(8)
+        entry.put(Body=whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+        monkeypatch.setenv("CTXCOMP_CACHE", str(tmp_path / f"cache-{i}"))
+        outcome, why = look(uri, corpus)
+        assert outcome != "wrong", f"{entry.key} byte {at} bit {bit}: {why}"
+        outcomes[outcome] += 1
+        entry.put(Body=whole)
+    assert outcomes["refused"] + outcomes["named"] >= 5
