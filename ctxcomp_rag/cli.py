@@ -25,6 +25,7 @@ from ctxcomp_rag import (
     cli_measure,
     cli_plan,
     cli_precompress,
+    cli_push,
     cli_report,
     cli_serve,
     cli_train,
@@ -42,6 +43,7 @@ app.command("api-key")(cli_serve.api_key)
 app.command()(cli_bench.bench)
 app.command()(cli_report.report)
 app.command()(cli_plan.plan)
+app.command()(cli_push.push)
 app.command()(cli_train.train)
 for maintain in (cli_maintain.verify, cli_maintain.repair, cli_maintain.compact):
     app.command()(maintain)

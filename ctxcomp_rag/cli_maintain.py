@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from tqdm import tqdm
 
-from ctxcomp_rag.cli_output import IndexDir, Json, print_json, quiet, to_out
+from ctxcomp_rag.cli_output import IndexDir, IndexFolder, Json, print_json, quiet, to_out
 
 if TYPE_CHECKING:
     from ctxcomp_rag.index.verify import Damage
@@ -35,7 +35,7 @@ def verify(index: IndexDir, as_json: Json = False) -> None:
 
 
 def repair(
-    index: IndexDir,
+    index: IndexFolder,
     compressor: Annotated[str, typer.Option(help="Method name, or folder of the saved compressor that made the spans."
                                             )] = "icae",
     budget: Annotated[str | None, typer.Option(help="As it was given to precompress, if it was.")] = None,
@@ -72,7 +72,7 @@ def repair(
 
 
 def compact(
-    index: IndexDir,
+    index: IndexFolder,
     erase: Annotated[bool, typer.Option("--erase", help="Also remove what readers of older versions still have open, "
                                         "so that deleted text, vectors and spans are in no file.")] = False,
     as_json: Json = False,

@@ -29,7 +29,9 @@ to_err = _Safe(stderr=True, **_PLAIN)  # type: ignore[arg-type]
 to_out = _Safe(**_PLAIN)  # type: ignore[arg-type]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-IndexDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the index.")]
+IndexDir = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the index, or s3://BUCKET/PREFIX "
+                                          "where one was pushed.")]
+IndexFolder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the index.")]
 Model = Annotated[str, typer.Option(help="Decoder: 'embedded', a folder, or a Hugging Face hub id.")]
 
 

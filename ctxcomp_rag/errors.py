@@ -12,7 +12,8 @@
     ├── ModelLoadError(OSError)           a model, tokenizer or compressor cannot be loaded
     └── IndexFolderError(OSError)         an index folder is missing, damaged, or in use
         ├── IndexDamagedError
-        └── IndexLockedError
+        ├── IndexLockedError
+        └── IndexUnreachableError     an object store does not answer, or does not let us in
 
 Each class also derives from the builtin that a caller would expect, so `except ValueError` works.
 Messages are sentences: what was expected, what was found, what to type next.
@@ -78,3 +79,7 @@ class IndexDamagedError(IndexFolderError):
 
 class IndexLockedError(IndexFolderError):
     """Another process is writing to the index."""
+
+
+class IndexUnreachableError(IndexFolderError):
+    """The object store of an index does not answer, or does not let us in."""

@@ -32,6 +32,7 @@ from ctxcomp_rag.decoding import (
 )
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.index import MemoryIndex, RetrievedSpan
+from ctxcomp_rag.index.object_store import require_folder
 from ctxcomp_rag.jobs import IndexReport, Progress, SpanWorker, ThreadWorker, precompress
 from ctxcomp_rag.reading import Reading
 from ctxcomp_rag.retention import with_retention
@@ -81,7 +82,7 @@ class CompressedRAG:
         self.spec.require_decoder(backbone.fingerprint)
         name = encoder_name(encoder)
         if index.retrieval_encoder != name:
-            raise InputError(f"the index in {str(index.path)!r} was made with the retrieval encoder "
+            raise InputError(f"the index in {index.location!r} was made with the retrieval encoder "
                              f"{index.retrieval_encoder!r}, got {name!r}; pass the one the index was made with")
         self.backbone, self.memory, self.encoder = backbone, index, encoder
         self.compressor = compressor.writer(index.spec) if compressor else None
@@ -108,6 +109,7 @@ class CompressedRAG:
             retention: measure what each span that is added retains (see `ctxcomp_rag.retention`).
             target_retention: give each chunk the fewest slots that retain this share of its facts.
         """
+        require_folder(path)
         index = MemoryIndex.open(path) if Path(path).is_dir() and any(Path(path).iterdir()) else None
         # an index fixes the dtype: spans of float32 and of bfloat16 weights are not the same
         reader = index.spec.reader if index is not None else None
@@ -184,7 +186,7 @@ class CompressedRAG:
         if not question.strip():
             raise InputError("the question is empty")
         if not len(self.memory):
-            raise InputError(f"the index in {str(self.memory.path)!r} holds no documents; run ctxcomp precompress "
+            raise InputError(f"the index in {self.memory.location!r} holds no documents; run ctxcomp precompress "
                              "PATH... --out DIR first")
         return self.memory.search(embed_texts(self.encoder, [question]), top_k, where=where)[0]
 

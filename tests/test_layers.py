@@ -21,7 +21,8 @@ LAYERS: list[set[str]] = [
     {"importers", "pipeline", "repair", "training"},
     {"chat", "evaluation"},
     {"cli_output", "demo", "serving"},
-    {"cli_bench", "cli_maintain", "cli_measure", "cli_plan", "cli_precompress", "cli_report", "cli_serve", "cli_train"},
+    {"cli_bench", "cli_maintain", "cli_measure", "cli_plan", "cli_precompress", "cli_push", "cli_report",
+     "cli_serve", "cli_train"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

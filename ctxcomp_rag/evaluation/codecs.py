@@ -77,7 +77,7 @@ def measure_codecs(index: MemoryIndex, backbone: Backbone, compressor: Compresso
     spec.require_decoder(backbone.fingerprint)
     ids = [chunk.id for chunk in index.chunks()]
     if not ids:
-        raise InputError(f"the index in {str(index.path)!r} holds no chunks; add documents first")
+        raise InputError(f"the index in {index.location!r} holds no chunks; add documents first")
     chosen = random.Random(seed).sample(sorted(ids), min(sample, len(ids)))
     retrieved = index.get(chosen)
     chunks, spans = [r.chunk for r in retrieved], [r.span for r in retrieved]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shutil
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +24,11 @@ from ctxcomp_rag.index.folder import (
     folder_bytes,
     is_disk_full,
 )
-from ctxcomp_rag.index.inputs import checked_vectors, places_of_chunks
-from ctxcomp_rag.index.pins import VersionPin, pinned_versions
+from ctxcomp_rag.index.index_reader import IndexReader, T, vectors_for
+from ctxcomp_rag.index.inputs import places_of_chunks
+from ctxcomp_rag.index.object_store import object_uri, require_folder
+from ctxcomp_rag.index.pins import pinned_versions
+from ctxcomp_rag.index.publish import PushReport, publish
 from ctxcomp_rag.index.rows import Row, codec_for
 from ctxcomp_rag.index.span_store import (
     SpanTable,
@@ -35,14 +36,11 @@ from ctxcomp_rag.index.span_store import (
     remove_torn_manifests,
     set_aside_torn_manifests,
 )
+from ctxcomp_rag.index.table_reader import TableReader
 from ctxcomp_rag.index.tables import read_tables, write_tables
-from ctxcomp_rag.index.texts import TextTable
-from ctxcomp_rag.index.vectors import CURRENT, VectorIndex, best_of, normalised
-from ctxcomp_rag.index.verify import VerifyReport, check_rows, check_vectors
-from ctxcomp_rag.index.where import Where, matching_rows
+from ctxcomp_rag.index.vectors import CURRENT, VectorIndex
 from ctxcomp_rag.spans import MemorySpan, SpanSpec
 
-T = TypeVar("T")
 # A snapshot is written when it would save replaying this many rows, or a quarter of all: the cost stays linear.
 _SNAPSHOT_ROWS = 4096
 _COMMITS_BETWEEN_COMPACTIONS = 256
@@ -56,56 +54,44 @@ class AddReport:
     skipped: int
 
 
-@dataclass(frozen=True)
-class RetrievedSpan:
-    """A chunk with its span. `score`: cosine similarity to the query; nan where there was no query."""
-
-    chunk: Chunk
-    span: MemorySpan
-    score: float
-
-
-class MemoryIndex:
-    """Compressed chunks on disk, searched by vector. Make one with `create` or `open`.
+class MemoryIndex(IndexReader):
+    """Compressed chunks, searched by vector. Make one with `create` or `open`.
 
     Any number of readers and at most one writer, over all processes. A reader sees the version it opened until
     `refresh`, through every compaction but one that erases. All methods may be called from several threads.
 
     Attributes:
+        path: the folder; of an index in an object store, what this machine keeps of it.
+        location: where it was opened, as a folder or a URI.
         spec: what the spans are and which decoder reads them.
         vector_size: numbers per vector.
         retrieval_encoder: name of what made the vectors.
         codec: how spans are stored; see `ctxcomp_rag.index.codecs`.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, table: SpanTable, vectors: VectorIndex, saved: int,
-                 read_only: bool) -> None:
-        self.path, self.read_only = path, read_only
-        self.spec, self.vector_size = manifest.spec, manifest.vector_size
-        self.retrieval_encoder, self.codec = manifest.retrieval_encoder, manifest.codec
-        self._table, self._vectors = table, vectors
+    def __init__(self, path: Path, location: str, manifest: Manifest, table: TableReader, vectors: VectorIndex, *,
+                 saved: int = -1, read_only: bool) -> None:
+        super().__init__(path, location, manifest, table, vectors)
+        self.read_only = read_only
         self._saved_version, self._unsaved_rows, self._commits = saved, 0, 0
-        self._writer, self._pin = WriterLock(path), VersionPin(path, table.version)
-        self._writing = threading.RLock()  # one writing thread at a time
-        self._state = threading.RLock()  # `_table` and `_vectors` change together
-        self._texts, self._looking = TextTable(), threading.Lock()
-        self._closed = False
+        self._writer = WriterLock(path)
 
     # ---- opening and closing
 
     @classmethod
     def create(cls, path: str | Path, spec: SpanSpec, *, vector_size: int, retrieval_encoder: str,
                codec: str | None = None) -> Self:
-        """Make an empty index in a new or empty folder.
+        """Make an empty index in a new or empty folder of this machine.
 
         Args:
             codec: "exact", or one of the codecs that store spans in fewer bytes at a stated error [default: that of
                 the kind of span, see `ctxcomp_rag.index.codecs.DEFAULT_CODECS`].
 
         Raises:
-            InputError: there is no such codec, or vector_size is below 1.
+            InputError: there is no such codec, vector_size is below 1, or the path is a URI.
             IndexFolderError: something is there already, or the folder cannot be written.
         """
+        require_folder(path)
         path = Path(path).absolute()
         codec = codec_named(codec or DEFAULT_CODECS[spec.kind]).name
         if vector_size < 1:
@@ -137,21 +123,32 @@ class MemoryIndex:
     def open(cls, path: str | Path, *, read_only: bool = False) -> Self:
         """Open an index. Takes no lock; the first write does.
 
+        Args:
+            path: a folder, or s3://BUCKET/PREFIX of an index that was pushed there: such a one can only be read.
+
         Raises:
             IndexFolderError: there is no index.
+            IndexUnreachableError: the object store does not answer, or does not let us in.
             IndexDamagedError: the manifest, or every version of the table, is unreadable.
         """
+        uri = object_uri(path)
+        if uri:
+            from ctxcomp_rag.index.remote_table import RemoteTable
+
+            remote = RemoteTable.open(uri)
+            vectors, _ = vectors_for(remote.folder, remote.manifest.vector_size, remote, trust_snapshot=True)
+            return cls(remote.cache, uri, remote.manifest, remote, vectors, read_only=True)
         path = Path(path).absolute()
         manifest = Manifest.read(path)
         table = SpanTable.open(path / TABLE)
         # A version number that was lost with its manifest is given out again: a snapshot of it may be another one
         trusted = table.version == manifest_files(path / TABLE)[0][0] and not table.altered
         try:
-            vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=trusted)
+            vectors, saved = vectors_for(path, manifest.vector_size, table, trust_snapshot=trusted)
         except Exception:
             table = table.without_unreadable()
-            vectors, saved = _vectors_for(path, manifest.vector_size, table, trust_snapshot=trusted)
-        return cls(path, manifest, table, vectors, saved, read_only)
+            vectors, saved = vectors_for(path, manifest.vector_size, table, trust_snapshot=trusted)
+        return cls(path, str(path), manifest, table, vectors, saved=saved, read_only=read_only)
 
     def close(self) -> None:
         """Save the search snapshot if this object wrote, and release the writer's lock."""
@@ -159,41 +156,11 @@ class MemoryIndex:
             if self._writer.held:
                 self._save_snapshot()
                 self._writer.release()
-            self._pin.release()
-            self._closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __len__(self) -> int:
-        return len(self._table.rows)
-
-    def __repr__(self) -> str:
-        return f"MemoryIndex({str(self.path)!r}, {len(self)} chunks, version {self._table.version})"
-
-    @property
-    def version(self) -> int:
-        """Number of the commit that this object reads. Every write raises it; no two states of a folder share one."""
-        return self._table.version
+            super().close()
 
     @property
     def is_writer(self) -> bool:
-        """Whether this object holds the writer's lock: nobody else commits, so there is nothing to refresh."""
         return self._writer.held
-
-    def refresh(self) -> None:
-        """See what other processes have committed since."""
-        with self._writing, self._state:
-            try:
-                changed = self._table.latest_version() != self._table.version
-            except Exception as error:
-                raise IndexFolderError(f"expected the index at {self.path} to be still there, got: {error}. "
-                                       f"Was it moved or deleted? Open it where it is now.") from error
-            if changed:
-                self._publish(SpanTable.open(self.path / TABLE))
 
     # ---- writing
 
@@ -226,7 +193,7 @@ class MemoryIndex:
         return AddReport(len(fresh), len(chunks) - len(fresh))
 
     def _append(self, rows: Sequence[Row], what: str) -> None:
-        self._write(rows, (), what, lambda: self._table.append(rows, self.vector_size))
+        self._write(rows, (), what, lambda: self._own.append(rows, self.vector_size))
 
     def add_copies(self, chunks: Sequence[Chunk], originals: Sequence[str]) -> AddReport:
         """Store chunks with the spans and vectors of others that have the same text, byte for byte, in one commit.
@@ -280,7 +247,7 @@ class MemoryIndex:
                 made = [Row.make(chunks[i], spans[i], np.asarray(vectors[i], np.float32), codec)
                         for i in places.values()]
                 self._write(made, old, what,
-                            lambda: self._table.replace(old, unreadable_files, made, self.vector_size))
+                            lambda: self._own.replace(old, unreadable_files, made, self.vector_size))
 
     def _codec_for(self, spans: Sequence[MemorySpan], what: str) -> Codec:
         """The codec of this index; one that learns does so from the first spans that an index gets."""
@@ -316,7 +283,7 @@ class MemoryIndex:
     def intact_texts(self, chunk_ids: Iterable[str]) -> list[tuple[Chunk, int]]:
         """(chunk, slots of its span) of those of the given chunks whose text is as it was written, even where vector
         or span is not: what `replace` can be given spans for."""
-        def read(table: SpanTable) -> list[tuple[Chunk, int]]:
+        def read(table: TableReader) -> list[tuple[Chunk, int]]:
             return list(table.intact_texts([table.rows[c] for c in chunk_ids if c in table.rows]).values())
 
         return self._reading(read)
@@ -353,7 +320,7 @@ class MemoryIndex:
                 names.update(self._table.documents.get(document_id, ()))
             row_ids = sorted(self._table.rows[name] for name in names if name in self._table.rows)
             if row_ids:
-                table = self._on_disk(lambda: self._table.delete(row_ids), f"nothing was deleted from {self.path}",
+                table = self._on_disk(lambda: self._own.delete(row_ids), f"nothing was deleted from {self.path}",
                                       65536)
                 with self._state:
                     self._vectors.remove(np.array(row_ids, np.int64))
@@ -392,9 +359,30 @@ class MemoryIndex:
             else:
                 self._save_snapshot()
 
+    def push(self, uri: str, *, progress: Callable[[int, int], None] | None = None) -> PushReport:
+        """Publish this index at s3://BUCKET/PREFIX; what is there already is not sent again.
+
+        Readers see the version that was there before until the new one is whole. Objects that it does not need are
+        removed afterwards: whoever has the older version open moves on at the next read. One machine at a time.
+
+        Args:
+            progress: called with the bytes sent and to send.
+
+        Raises:
+            InputError: this is no such URI, or obstore is not installed.
+            IndexUnreachableError: the object store does not answer, or does not let us in.
+            IndexFolderError: there is another index, or a newer version of this one.
+            IndexDamagedError: files of this index cannot be trusted.
+            IndexLockedError: somebody is writing to this index.
+        """
+        with self._writing:
+            self._begin_writing()
+            self._save_snapshot()
+            return publish(self.path, self._own, uri, progress)
+
     def _compact(self, erase: bool = False) -> None:
         def compact() -> SpanTable:
-            table = (self._table.drop_unreadable() if self._table.unreadable else self._table).compact()
+            table = (self._own.drop_unreadable() if self._own.unreadable else self._own).compact()
             table.remove_old_versions(() if erase else pinned_versions(self.path))
             return table
 
@@ -402,7 +390,16 @@ class MemoryIndex:
         self._publish(self._on_disk(compact, what, folder_bytes(self.path / TABLE)))
         self._commits = 0
 
+    @property
+    def _own(self) -> SpanTable:
+        """The table, for writing: after `_begin_writing`, which refuses where it is not in a folder."""
+        assert isinstance(self._table, SpanTable)
+        return self._table
+
     def _begin_writing(self) -> None:
+        if object_uri(self.location):
+            raise IndexFolderError(f"{self.location} can only be read. Change the index in the folder that it was "
+                                   f"pushed from, then push it again: ctxcomp push DIR {self.location}")
         if self._closed:
             raise IndexFolderError(f"{self.path} was closed; open it again with MemoryIndex.open(path).")
         if self.read_only:
@@ -449,202 +446,3 @@ class MemoryIndex:
         if self._saved_version != self._table.version:
             self._vectors.save(self.path, self._table.version)
             self._saved_version, self._unsaved_rows = self._table.version, 0
-
-    def _publish(self, table: SpanTable) -> None:
-        pin = None if self._writer.held or self._closed else VersionPin(self.path, table.version)
-        with self._state:
-            _replay(self._vectors, table)
-            self._table = table
-        if pin is not None:
-            self._pin.release()
-            self._pin = pin
-
-    # ---- reading
-
-    def stored(self, chunk_ids: Iterable[str]) -> dict[str, tuple[dict[str, Any], int]]:
-        """Chunk id -> (metadata, number of slots) of those of the given chunks that are there; no span is read."""
-        def read(table: SpanTable) -> dict[str, tuple[dict[str, Any], int]]:
-            return table.read_settings([table.rows[c] for c in chunk_ids if c in table.rows])
-
-        chunk_ids = list(chunk_ids)
-        return self._reading(read)
-
-    def get(self, chunk_ids: Sequence[str]) -> list[RetrievedSpan]:
-        """Chunks and spans in the order of the ids, checked against their checksums; score is nan.
-
-        Raises:
-            InputError: there is no such chunk.
-            IndexDamagedError: names a chunk whose bytes are not those that were written.
-        """
-        def read(table: SpanTable) -> list[RetrievedSpan]:
-            self._require_known(chunk_ids, table)
-            found = table.read_rows([table.rows[c] for c in dict.fromkeys(chunk_ids)])
-            return [RetrievedSpan(*found[table.rows[c]][:2], math.nan) for c in chunk_ids]
-
-        return self._reading(read)
-
-    def search(self, vectors: NDArray[Any], top_k: int, *, where: Where | None = None) -> list[list[RetrievedSpan]]:
-        """The `top_k` nearest chunks of each query with their spans, best first.
-
-        Args:
-            vectors: (q, vector_size), or (vector_size,) for one query; any length.
-            where: metadata key, or "document_id", to a value or a list of values; all have to match. Applied before
-                the best are chosen, so that `min(top_k, matches)` chunks come back.
-
-        Returns:
-            One list per query; scores are cosine similarities.
-
-        Raises:
-            InputError: top_k below 1, vectors of another size, NaN.
-            IndexDamagedError: names a chunk whose bytes are not those that were written.
-        """
-        def read(table: SpanTable, hits: list[list[tuple[int, float]]]) -> list[list[RetrievedSpan]]:
-            found = table.read_rows(sorted({row_id for hit in hits for row_id, _ in hit}))
-            return [[RetrievedSpan(*found[row_id][:2], score) for row_id, score in hit] for hit in hits]
-
-        return self._searching(vectors, top_k, where, read)
-
-    def search_chunks(self, vectors: NDArray[Any], top_k: int, *, where: Where | None = None
-                      ) -> list[list[tuple[Chunk, float]]]:
-        """Like `search`, but without reading the spans: for rerankers, evaluation, and plain text."""
-        def read(table: SpanTable, hits: list[list[tuple[int, float]]]) -> list[list[tuple[Chunk, float]]]:
-            found = table.read_chunks(sorted({row_id for hit in hits for row_id, _ in hit}))
-            return [[(found[row_id], score) for row_id, score in hit] for hit in hits]
-
-        return self._searching(vectors, top_k, where, read)
-
-    def vectors(self, chunk_ids: Sequence[str]) -> NDArray[np.float32]:
-        """Unit vectors (len(chunk_ids), vector_size) of chunks; raises InputError for an unknown one."""
-        def read(table: SpanTable) -> NDArray[np.float32]:
-            self._require_known(chunk_ids, table)
-            wanted = np.array([table.rows[c] for c in chunk_ids], np.int64)
-            if self._vectors.exact:
-                return self._vectors.vectors(wanted)
-            ids, stored = table.vectors(wanted)
-            order = np.argsort(ids)
-            return normalised(stored[order][np.searchsorted(ids[order], wanted)])
-
-        return self._reading(read)
-
-    def _require_known(self, chunk_ids: Iterable[str], table: SpanTable) -> None:
-        unknown = [c for c in chunk_ids if c not in table.rows]
-        if unknown:
-            raise InputError(f"expected ids of chunks in {self.path}, got {unknown[0]!r}"
-                             f"{f' and {len(unknown) - 1} more unknown ones' if len(unknown) > 1 else ''}.")
-
-    def chunk_ids(self, document_id: str) -> frozenset[str]:
-        """Ids of a document's chunks, from memory; empty for an unknown document."""
-        return frozenset(self._table.documents.get(document_id, ()))
-
-    def document_chunks(self, document_id: str) -> list[str]:
-        """Ids of a document's chunks in the order of the text; [] for an unknown document."""
-        def read(table: SpanTable) -> list[str]:
-            names = table.documents.get(document_id, [])
-            return table.in_text_order(names) if len(names) > 1 else list(names)
-
-        return self._reading(read)
-
-    def chunks_of_texts(self, texts: Sequence[str]) -> list[str | None]:
-        """For each text the id of the oldest chunk with exactly this text, or None.
-
-        The first call reads the texts of the index once; later ones only those that were added since.
-        """
-        def read(table: SpanTable) -> list[str | None]:
-            with self._looking:
-                return self._texts.find(table, texts)
-
-        return self._reading(read)
-
-    def chunks(self) -> Iterator[Chunk]:
-        """All chunks, oldest first, without reading spans."""
-        names = list(self._table.rows)
-        for start in range(0, len(names), 1024):
-            def read(table: SpanTable, batch: Sequence[str] = names[start : start + 1024]) -> list[Chunk]:
-                row_ids = [table.rows[name] for name in batch if name in table.rows]
-                found = table.read_chunks(row_ids)
-                return [found[row_id] for row_id in row_ids]
-
-            yield from self._reading(read)
-
-    def stats(self) -> dict[str, int]:
-        """chunks, documents, bytes (of the folder), span_bytes, text_bytes, source_tokens, slots."""
-        def read(table: SpanTable) -> dict[str, int]:
-            return {"chunks": len(table.rows), "documents": len(table.documents), "bytes": folder_bytes(self.path),
-                    **table.totals()}
-
-        return self._reading(read)
-
-    def verify(self, *, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
-        """Read every row and compare it with its checksum, the specification and the search vectors.
-
-        Search vectors that do not fit are made again from the table; `notes` says so. `progress` is called with the
-        number of rows read and of all rows.
-        """
-        def check(table: SpanTable) -> VerifyReport:
-            damaged = check_rows(table, self.spec, self.vector_size, progress)
-            with self._state:
-                current = table.version == self._table.version
-                notes = check_vectors(table, self._vectors) if current and not damaged else []
-                if notes:
-                    self._vectors.remove(self._vectors.ids())
-                    self._publish(table)
-            return VerifyReport(len(table.rows), damaged, notes)
-
-        return self._reading(check)
-
-    def _searching(self, vectors: NDArray[Any], top_k: int, where: Where | None,
-                   read: Callable[[SpanTable, list[list[tuple[int, float]]]], list[list[T]]]) -> list[list[T]]:
-        if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer) or top_k < 1:
-            raise InputError(f"expected top_k of at least 1, got {top_k!r}")
-        array = np.asarray(vectors)
-        queries = checked_vectors(array[None] if array.ndim == 1 else array, self.vector_size, lambda i: f"query {i}")
-
-        def search(_: SpanTable) -> list[list[T]]:
-            table = self._table
-            among = None if not where else matching_rows(table.filter_columns, where)
-            with self._state:
-                # unfiltered hits may be rows that came after `table`; hits among its rows can be read from it
-                table = self._table if among is None else table
-                hits = self._vectors.search(queries, int(top_k), among=among)
-                exact = self._vectors.exact
-            if not exact:
-                found = np.unique(np.concatenate([ids for ids, _ in hits]))
-                hits = best_of(queries, hits, *table.vectors(found), int(top_k))
-            return read(table, [list(zip(i.tolist(), s.tolist(), strict=True)) for i, s in hits])
-
-        return self._reading(search)
-
-    def _reading(self, read: Callable[[SpanTable], T]) -> T:
-        """Read from the version that is open; where a writer has compacted it away meanwhile, from the latest."""
-        table = self._table
-        try:
-            return read(table)
-        except (InputError, IndexDamagedError):
-            raise
-        except Exception:
-            pass
-        try:
-            self.refresh()
-            return read(self._table)
-        except (InputError, IndexDamagedError):
-            raise
-        except Exception as error:
-            raise IndexDamagedError(f"expected readable data files in {self.path}, got: {error}. "
-                                    f"Run verify() to see which chunks are concerned.") from error
-
-
-def _vectors_for(path: Path, vector_size: int, table: SpanTable, *, trust_snapshot: bool) -> tuple[VectorIndex, int]:
-    """Search vectors for exactly the rows of `table`, and the version of the snapshot that is on the disk."""
-    loaded = VectorIndex.load(path, vector_size) if trust_snapshot else None
-    vectors, saved = loaded or (VectorIndex(vector_size), -1)
-    _replay(vectors, table)
-    return vectors, saved
-
-
-def _replay(vectors: VectorIndex, table: SpanTable) -> None:
-    """Row ids are never given out twice and rows never change, so the ids alone say what differs."""
-    live = np.fromiter(table.rows.values(), np.int64, len(table.rows))
-    known = vectors.ids()
-    vectors.remove(np.setdiff1d(known, live))
-    for ids, rows in table.vector_batches(np.setdiff1d(live, known)):
-        vectors.add(ids, rows)

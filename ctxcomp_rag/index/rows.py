@@ -27,6 +27,7 @@ from ctxcomp_rag.spans import KVSpan, LatentSpan, MemorySpan, SoftSpan, SpanKind
 if TYPE_CHECKING:
     import pyarrow as pa
 
+REPAIR = "Compress it again from its text: ctxcomp repair DIR."
 CHUNK_COLUMNS = ["chunk_id", "document_id", "start", "end", "num_tokens", "text", "metadata"]
 
 _STORED: dict[SpanKind, tuple[type[SoftSpan | KVSpan | LatentSpan], tuple[Role, ...]]] = {
@@ -249,8 +250,8 @@ def intact_text(row: Mapping[str, Any]) -> tuple[Chunk, int] | None:
     return (chunk, row["num_slots"]) if crc == row["text_crc"] else None
 
 
-def checked_bytes(row: Mapping[str, Any], vector: NDArray[np.float32]) -> Row:
-    """A row as it was written; raises IndexDamagedError where the stored bytes are others."""
+def checked_bytes(row: Mapping[str, Any], vector: NDArray[np.float32], remedy: str = REPAIR) -> Row:
+    """A row as it was written; raises IndexDamagedError, which ends in `remedy`, where the stored bytes are others."""
     name = row["chunk_id"]
     try:
         chunk = row_to_chunk(row)
@@ -258,23 +259,23 @@ def checked_bytes(row: Mapping[str, Any], vector: NDArray[np.float32]) -> Row:
         if chunk.id != name or stored.checksum != row["crc"]:
             raise ValueError("the stored bytes do not match their checksum")
     except (ValueError, TypeError) as error:
-        raise _damaged(row, error) from error
+        raise _damaged(row, error, remedy) from error
     return stored
 
 
 def checked_row(row: Mapping[str, Any], vector: NDArray[np.float32],
-                tables_of: Callable[[str], Tables] = _no_tables) -> tuple[Chunk, MemorySpan]:
-    stored = checked_bytes(row, vector)
+                tables_of: Callable[[str], Tables] = _no_tables, remedy: str = REPAIR) -> tuple[Chunk, MemorySpan]:
+    """Chunk and span of a row; raises as `checked_bytes` does."""
+    stored = checked_bytes(row, vector, remedy)
     try:
         span = span_from_bytes(stored.span, tables_of)
         if span.chunk_id != stored.chunk.id:
             raise ValueError(f"the span stored with it belongs to chunk {span.chunk_id!r}")
     except (ValueError, TypeError) as error:
-        raise _damaged(row, error) from error
+        raise _damaged(row, error, remedy) from error
     return stored.chunk, span
 
 
-def _damaged(row: Mapping[str, Any], error: Exception) -> IndexDamagedError:
-    return IndexDamagedError(
-        f"chunk {row['chunk_id']!r} of document {row['document_id']!r} is damaged: {error}. Compress it "
-        "again from its text: ctxcomp repair DIR.")
+def _damaged(row: Mapping[str, Any], error: Exception, remedy: str) -> IndexDamagedError:
+    return IndexDamagedError(f"chunk {row['chunk_id']!r} of document {row['document_id']!r} is damaged: {error}. "
+                             + remedy)

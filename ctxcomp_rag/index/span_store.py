@@ -5,133 +5,49 @@ The Lance version is the only commit point of an index. Rows are named by Lance'
 survive compaction and are never given out twice.
 """
 
+
 from __future__ import annotations
 
 import errno
-import json
 import os
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Final, Self
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError
 from ctxcomp_rag.index.checksums import altered_files, record_checksums
 from ctxcomp_rag.index.folder import folder_bytes, fsync_all, fsync_path
-from ctxcomp_rag.index.rows import (
-    CHUNK_COLUMNS,
-    Row,
-    arrow_schema,
-    checked_bytes,
-    checked_row,
-    intact_text,
-    row_to_chunk,
-    rows_to_arrow,
-)
-from ctxcomp_rag.index.tables import read_tables
-from ctxcomp_rag.spans import MemorySpan
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from ctxcomp_rag.index.lance_reader import LanceReader, data_files, deletion_file, panics_are_errors, row_filter
+from ctxcomp_rag.index.rows import Row, arrow_schema, intact_text, rows_to_arrow
+from ctxcomp_rag.index.table_reader import TEXT_COLUMNS, WITHOUT_SPAN, Names
 
 FILE_VERSION: Final = "2.2"
-ROWS_PER_READ = 64
 _FILE_BYTES = 2**30  # compaction makes files of about this size
 _DELETIONS = "_deletions/"
-_TEXT_COLUMNS = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "text_crc"]
 
 
-@dataclass(frozen=True, eq=False)
-class Names:
-    """Which chunk is in which row: what is asked for every chunk of a corpus, and so must not need the disk."""
-
-    EMPTY: ClassVar[Names]
-    rows: dict[str, int]
-    documents: dict[str, list[str]]
-
-    def plus(self, added: Iterable[tuple[str, str, int]]) -> Names:
-        """With these (chunk id, document id, row id)."""
-        rows, new = dict(self.rows), defaultdict[str, list[str]](list)
-        for chunk_id, document_id, row_id in added:
-            rows[chunk_id] = row_id
-            new[document_id].append(chunk_id)
-        # lists are replaced, not extended: older versions of the table share them
-        return Names(rows, self.documents | {d: self.documents.get(d, []) + chunks for d, chunks in new.items()})
-
-    def minus(self, row_ids: set[int]) -> Names:
-        rows = {chunk_id: row_id for chunk_id, row_id in self.rows.items() if row_id not in row_ids}
-        documents = {}
-        for document_id, chunk_ids in self.documents.items():
-            left = chunk_ids if all(c in rows for c in chunk_ids) else [c for c in chunk_ids if c in rows]
-            if left:
-                documents[document_id] = left
-        return Names(rows, documents)
-
-
-Names.EMPTY = Names({}, {})
-
-
-@dataclass(frozen=True, eq=False)
-class FilterColumns:
-    """What a filter looks at, with each distinct value once.
-
-    Attributes:
-        row_ids: (n,).
-        by_document: document id -> places in `row_ids`.
-        distinct: the different metadata.
-        metadata: (n,) places in `distinct`.
-    """
-
-    row_ids: NDArray[np.int64]
-    by_document: dict[str, NDArray[np.int64]]
-    distinct: list[dict[str, Any]]
-    metadata: NDArray[np.int64]
-
-
-class SpanTable:
+class SpanTable(LanceReader):
     """One version of the table. Every method may be called from several threads.
 
-    Attributes:
-        version: the Lance version.
-        rows: chunk id -> row id, for every readable row, oldest first.
-        documents: document id -> its chunk ids, oldest first.
-        unreadable: data files that cannot be read, with the reason; their rows are not in `rows`.
-        altered: the manifest of this version is not what was written, although Lance can read it.
+    Attributes: see `TableReader`.
     """
 
     def __init__(self, dataset: Any, names: Names | None = None, unreadable: Mapping[str, str] | None = None) -> None:
-        self._dataset = dataset
-        self.altered = False
-        self._good: list[Any] | None = None
-        self.version = int(dataset.version)
-        self.unreadable: dict[str, str] = dict(unreadable or {})
+        super().__init__(dataset, Path(dataset.uri).parent)
+        self.unreadable |= unreadable or {}
         if self.unreadable:
-            self._good = [f for f in dataset.get_fragments() if not set(_data_files(f)) & set(self.unreadable)]
+            self._good = [f for f in dataset.get_fragments() if not set(data_files(f)) & set(self.unreadable)]
         self._names = names or self._read_names()
-
-    @property
-    def rows(self) -> dict[str, int]:
-        return self._names.rows
-
-    @property
-    def documents(self) -> dict[str, list[str]]:
-        return self._names.documents
 
     @property
     def path(self) -> Path:
         return Path(self._dataset.uri)
 
     @classmethod
-    def create(cls, path: Path, vector_size: int) -> SpanTable:
+    def create(cls, path: Path, vector_size: int) -> Self:
         import lance
         import pyarrow as pa
 
@@ -145,7 +61,7 @@ class SpanTable:
         return cls(dataset)
 
     @classmethod
-    def open(cls, path: Path) -> SpanTable:
+    def open(cls, path: Path) -> Self:
         """The latest version that can be read; warns where that is not the last one written.
 
         Raises:
@@ -173,13 +89,13 @@ class SpanTable:
         )
 
     @classmethod
-    def _checked(cls, dataset: Any) -> SpanTable:
+    def _checked(cls, dataset: Any) -> Self:
         """A version as its checksums let it be: rows whose deletions are in doubt are left out."""
         path = Path(dataset.uri)
         altered = altered_files(path)
         doubtful = {name: f"{name} is not what was written" for name in altered}
-        unreadable = {file: reason for fragment in dataset.get_fragments() for file in _data_files(fragment)
-                      for reason in [doubtful.get(_deletion_file(fragment))] if reason is not None}
+        unreadable = {file: reason for fragment in dataset.get_fragments() for file in data_files(fragment)
+                      for reason in [doubtful.get(deletion_file(fragment))] if reason is not None}
         table = cls(dataset, None, unreadable)
         table.altered = any(version == table.version and f"_versions/{file.name}" in altered
                             for version, file in manifest_files(path))
@@ -188,20 +104,14 @@ class SpanTable:
                           "again.", stacklevel=5)
         return table
 
-    def latest_version(self) -> int:
-        return int(self._dataset.latest_version)
+    def latest(self) -> Self | None:
+        return None if int(self._dataset.latest_version) == self.version else type(self).open(self.path)
 
     def newer_unreadable(self) -> Path | None:
-        """The manifest of a version after this one that cannot be read, if there is one."""
-
         version, file = manifest_files(self.path)[0]
         return file if version > self.version and not _is_usable(self.path, file) else None
 
     # -- reading
-
-    def _scan(self, columns: list[str], **options: Any) -> pa.Table:
-        with _panics_are_errors():
-            return self._dataset.scanner(columns=columns, fragments=self._good, **options).to_table()
 
     def _read_names(self) -> Names:
         try:
@@ -221,25 +131,17 @@ class SpanTable:
         table.altered = self.altered
         return table
 
-    def _names_in(self, fragments: list[Any] | None) -> Names:
-        names = ["chunk_id", "document_id"]
-        with _panics_are_errors():
-            table = self._dataset.scanner(columns=names, fragments=fragments, with_row_id=True).to_table()
-        columns = (table[name].to_pylist() for name in ("_rowid", "chunk_id", "document_id"))
-        # compaction may have changed the order of the files
-        return Names.EMPTY.plus((chunk, document, row) for row, chunk, document in sorted(zip(*columns, strict=True)))
-
     def _find_unreadable(self) -> None:
-        columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc", "span"]
         fragments = self._dataset.get_fragments() if self._good is None else self._good
         self._good = []
         for fragment in fragments:
             try:
-                with _panics_are_errors():
-                    self._dataset.scanner(columns=columns, fragments=[fragment], with_row_id=True).to_table()
+                with panics_are_errors():
+                    self._dataset.scanner(columns=[*WITHOUT_SPAN, "span"], fragments=[fragment],
+                                          with_row_id=True).to_table()
                 self._good.append(fragment)
             except Exception as error:
-                self.unreadable |= dict.fromkeys(_data_files(fragment), _reason(error))
+                self.unreadable |= dict.fromkeys(data_files(fragment), _reason(error))
         if self.unreadable:
             warnings.warn(
                 f"these data files of {self.path} cannot be read, their chunks are left out: "
@@ -247,149 +149,34 @@ class SpanTable:
                 stacklevel=6,
             )
 
-    def read_chunks(self, row_ids: Sequence[int]) -> dict[int, Chunk]:
-        """Row id -> chunk, without the spans and unchecked."""
-        found: dict[int, Chunk] = {}
-        for batch in _batches(row_ids, 4096):
-            table = self._scan(CHUNK_COLUMNS, filter=_row_filter(batch), with_row_id=True)
-            found |= {row["_rowid"]: row_to_chunk(row) for row in table.to_pylist()}
-        return found
-
-    def texts(self, row_ids: Sequence[int]) -> Iterator[tuple[int, str, str]]:
-        """(row id, chunk id, text) of those of the given rows that exist, in no particular order and unchecked."""
-        options = {"filter": _row_filter(row_ids)} if len(row_ids) <= 4096 else {}
-        wanted = set(row_ids)
-        if not wanted:
-            return
-        with _panics_are_errors():
-            scanner = self._dataset.scanner(columns=["chunk_id", "text"], fragments=self._good, with_row_id=True,
-                                            **options)
-            for batch in scanner.to_batches():
-                columns = (batch[name].to_pylist() for name in ("_rowid", "chunk_id", "text"))
-                yield from (entry for entry in zip(*columns, strict=True) if entry[0] in wanted)
-
-    def read_rows(self, row_ids: Sequence[int]) -> dict[int, tuple[Chunk, MemorySpan, NDArray[np.float32]]]:
-        """Row id -> (chunk, span, vector (vector_size,)), checked against the checksum.
-
-        Raises:
-            IndexDamagedError: names the chunk whose bytes are not those that were written.
-        """
-        tables_of = partial(read_tables, self.path.parent)
-        return {row["_rowid"]: (*checked_row(row, vector, tables_of), vector)
-                for row, vector in self._whole_rows(row_ids)}
-
-    def stored_rows(self, row_ids: Sequence[int]) -> dict[int, Row]:
-        """Row id -> the row as it is stored; raises IndexDamagedError as `read_rows` does."""
-        return {row["_rowid"]: checked_bytes(row, vector) for row, vector in self._whole_rows(row_ids)}
-
-    def _whole_rows(self, row_ids: Sequence[int]) -> Iterator[tuple[dict[str, Any], NDArray[np.float32]]]:
-        columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc", "span"]
-        for batch in _batches(row_ids, ROWS_PER_READ):
-            table = self._scan(columns, filter=_row_filter(batch), with_row_id=True, blob_handling="all_binary")
-            vectors = table["vector"].combine_chunks()
-            flat = np.asarray(vectors.flatten() if len(table) else [], dtype=np.float32).reshape(len(table), -1)
-            spans = [value.as_buffer() for value in table["span"]]  # to_pylist would copy them
-            rows = table.drop_columns(["vector", "span"]).to_pylist()
-            yield from (({**row, "span": span}, vector) for row, span, vector in zip(rows, spans, flat, strict=True))
-
-    def read_settings(self, row_ids: Sequence[int]) -> dict[str, tuple[dict[str, Any], int]]:
-        """Chunk id -> (metadata, number of slots), without texts, vectors and spans."""
-        found: dict[str, tuple[dict[str, Any], int]] = {}
-        for batch in _batches(row_ids, 4096):
-            table = self._scan(["chunk_id", "metadata", "num_slots"], filter=_row_filter(batch))
-            found |= {r["chunk_id"]: (json.loads(r["metadata"]), r["num_slots"]) for r in table.to_pylist()}
-        return found
-
-    def vector_batches(self, row_ids: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """(row ids (n,), vectors (n, vector_size)) of those of the given rows that exist, in no particular order."""
-        if not len(row_ids):
-            return
-        wanted_ids = np.sort(row_ids)
-        options = {"filter": _row_filter(row_ids.tolist())} if len(row_ids) <= 4096 else {}
-        scanner = self._dataset.scanner(columns=["vector"], fragments=self._good, with_row_id=True, **options)
-        for batch in scanner.to_batches():
-            batch_ids = batch["_rowid"].to_numpy().astype(np.int64)
-            places = np.minimum(np.searchsorted(wanted_ids, batch_ids), len(wanted_ids) - 1)
-            wanted = wanted_ids[places] == batch_ids
-            if wanted.any():
-                flat = batch["vector"].flatten().to_numpy(zero_copy_only=False)
-                yield batch_ids[wanted], flat.reshape(len(batch_ids), -1)[wanted]
-
-    def vectors(self, row_ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """All of `vector_batches` at once."""
-        batches = list(self.vector_batches(row_ids))
-        if not batches:
-            return np.empty(0, np.int64), np.empty((0, 1), np.float32)
-        return np.concatenate([ids for ids, _ in batches]), np.concatenate([rows for _, rows in batches])
-
-    def in_text_order(self, chunk_ids: Sequence[str]) -> list[str]:
-        """The same chunk ids, sorted by where the chunks begin and end."""
-        places: list[tuple[int, int, str]] = []
-        for batch in _batches([self.rows[c] for c in chunk_ids], 4096):
-            table = self._scan(["start", "end", "chunk_id"], filter=_row_filter(batch))
-            places += zip(*(column.to_pylist() for column in table.columns), strict=True)
-        return [chunk_id for _, _, chunk_id in sorted(places)]
-
-    @cached_property
-    def filter_columns(self) -> FilterColumns:
-        """Read on first use and kept as long as this version of the table."""
-        table = self._scan(["document_id", "metadata"], with_row_id=True)
-        metadata = table["metadata"].combine_chunks().dictionary_encode()
-        documents = table["document_id"].combine_chunks().dictionary_encode()
-        codes = documents.indices.to_numpy(zero_copy_only=False)
-        order = np.argsort(codes, kind="stable")
-        parts = np.split(order, np.cumsum(np.bincount(codes, minlength=len(documents.dictionary)))[:-1])
-        return FilterColumns(
-            table["_rowid"].to_numpy().astype(np.int64),
-            dict(zip(documents.dictionary.to_pylist(), parts, strict=False)),
-            [json.loads(text) for text in metadata.dictionary.to_pylist()],
-            metadata.indices.to_numpy(zero_copy_only=False),
-        )
-
-    def totals(self) -> dict[str, int]:
-        """Sums over all rows, from the small columns only."""
-        import pyarrow.compute as pc
-
-        table = self._scan(["text", "num_slots", "num_source_tokens", "span"])
-        spans = table["span"].combine_chunks()
-        return {
-            "span_bytes": pc.sum(spans.field("size")).as_py() or 0,
-            "text_bytes": pc.sum(pc.binary_length(table["text"])).as_py() or 0,
-            "source_tokens": pc.sum(table["num_source_tokens"]).as_py() or 0,
-            "slots": pc.sum(table["num_slots"]).as_py() or 0,
-        }
-
-    def intact_texts(self, row_ids: Sequence[int]) -> dict[int, tuple[Chunk, int]]:
-        """Row id -> (chunk, slots) of those rows whose text is as it was written, whatever became of their spans."""
-        found = {}
-        for row_id in row_ids:  # one by one: a page that cannot be read costs no other row
-            try:
-                (row,) = self._scan(_TEXT_COLUMNS, filter=_row_filter([row_id])).to_pylist()
-            except Exception:
-                continue
-            intact = intact_text(row)
-            if intact is not None:
-                found[row_id] = intact
-        return found
-
     def texts_of_unreadable(self) -> dict[str, list[tuple[Chunk, int]]]:
-        """Unreadable data file -> (chunk, slots) of its rows, where all their texts are as they were written."""
         found = {}
         for fragment in self._unreadable_fragments():
-            if self.unreadable[_data_files(fragment)[0]].startswith(_DELETIONS):
+            if self.unreadable[data_files(fragment)[0]].startswith(_DELETIONS):
                 continue  # which of its rows are deleted is not known
             try:
-                with _panics_are_errors():
-                    rows = self._dataset.scanner(columns=_TEXT_COLUMNS, fragments=[fragment]).to_table().to_pylist()
+                with panics_are_errors():
+                    rows = self._dataset.scanner(columns=TEXT_COLUMNS, fragments=[fragment]).to_table().to_pylist()
             except Exception:
                 continue
             intact = [kept for row in rows if (kept := intact_text(row)) is not None]
             if len(intact) == len(rows) == fragment.count_rows():
-                found[_data_files(fragment)[0]] = intact
+                found[data_files(fragment)[0]] = intact
         return found
 
+    def files(self) -> list[str]:
+        """What this version is read from, below the table, its manifest last."""
+        names: list[str] = []
+        for fragment in self._dataset.get_fragments():
+            for name in data_files(fragment):
+                beside = (self.path / name).with_suffix("")  # spans above 64 KB
+                names += [name, *(p.relative_to(self.path).as_posix() for p in _listing(beside))]
+            names += filter(None, [deletion_file(fragment)])
+        (manifest,) = (file for version, file in manifest_files(self.path) if version == self.version)
+        return [*names, f"_versions/{manifest.name}"]
+
     def _unreadable_fragments(self) -> list[Any]:
-        return [f for f in self._dataset.get_fragments() if set(_data_files(f)) & set(self.unreadable)]
+        return [f for f in self._dataset.get_fragments() if set(data_files(f)) & set(self.unreadable)]
 
     # -- writing: the caller holds the writer's lock
 
@@ -404,15 +191,15 @@ class SpanTable:
         import lance
 
         old = set(row_ids)
-        gone = [f.fragment_id for f in self._unreadable_fragments() if set(_data_files(f)) & set(files)]
+        gone = [f.fragment_id for f in self._unreadable_fragments() if set(data_files(f)) & set(files)]
         left = {file: reason for file, reason in self.unreadable.items() if file not in files}
 
         def update(fragments: list[Any]) -> Any:
             updated = []
             for fragment in self._dataset.get_fragments() if old else []:
-                if fragment.fragment_id in gone or not fragment.count_rows(_row_filter(old)):
+                if fragment.fragment_id in gone or not fragment.count_rows(row_filter(old)):
                     continue
-                rest = fragment.delete(_row_filter(old))
+                rest = fragment.delete(row_filter(old))
                 updated += [rest] if rest is not None else []
                 gone.extend([] if rest is not None else [fragment.fragment_id])
             return lance.LanceOperation.Update(removed_fragment_ids=gone, updated_fragments=updated,
@@ -458,7 +245,7 @@ class SpanTable:
 
         before = {name: set(_listing(self.path / name)) for name in ("_deletions", "_versions", "_transactions")}
         dataset = lance.dataset(str(self.path), version=self.version)
-        dataset.delete(_row_filter(row_ids))
+        dataset.delete(row_filter(row_ids))
         _fsync_new(self.path, before)
         _record(self.path, before)
         return SpanTable(dataset, self._names.minus(set(row_ids)), self.unreadable)
@@ -515,21 +302,17 @@ class SpanTable:
                 self._dataset.cleanup_old_versions(versions=old, **options)
             return
         self._dataset.cleanup_old_versions(older_than=timedelta(0), **options)
-        mine = {Path(name).stem for fragment in self._dataset.get_fragments() for name in _data_files(fragment)}
+        mine = {Path(name).stem for fragment in self._dataset.get_fragments() for name in data_files(fragment)}
         _remove_new(self.path / "data", {p for p in _listing(self.path / "data") if p.stem in mine})
         strays = [p.name for p in _listing(self.path / "data") if p.stem not in mine]
         if strays:
             raise OSError(errno.EBUSY, f"files of older versions could not be removed: {', '.join(strays)}")
 
-    def count_rows(self) -> int:
-        """Rows on the disk, counted by Lance; as many as `rows`, unless files are unreadable."""
-        return int(self._dataset.count_rows())
-
 
 def _open_dataset(path: Path, version: int | None = None) -> Any:
     import lance
 
-    with _panics_are_errors():
+    with panics_are_errors():
         dataset = lance.dataset(str(path), version=version)
         dataset.get_fragments()
         _ = dataset.schema
@@ -549,37 +332,8 @@ def _is_usable(path: Path, latest: Path) -> bool:
     return True
 
 
-@contextmanager
-def _panics_are_errors() -> Iterator[None]:
-    """On damaged bytes Lance may panic, which arrives as a BaseException that no caller expects."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ == "PanicException":
-            raise OSError(errno.EIO, f"Lance gave up: {error}") from error
-        raise
-
-
 def _reason(error: BaseException) -> str:
     return str(error).split(", /")[0].strip()
-
-
-def _deletion_file(fragment: Any) -> str:
-    deletions = fragment.metadata.deletion_file
-    return deletions.path(fragment.fragment_id) if deletions is not None else ""
-
-
-def _data_files(fragment: Any) -> list[str]:
-    return [f"data/{file.path}" for file in fragment.metadata.files]
-
-
-def _row_filter(row_ids: Iterable[int]) -> str:
-    return f"_rowid IN ({','.join(map(str, row_ids))})"
-
-
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def manifest_files(path: Path) -> list[tuple[int, Path]]:

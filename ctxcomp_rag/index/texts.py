@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ctxcomp_rag.index.span_store import SpanTable
+from ctxcomp_rag.index.table_reader import TableReader
 
 _ENTRY = np.dtype([("digest", "S16"), ("row", "i8"), ("chunk", "S32")])  # 56 bytes a chunk
 
@@ -25,7 +25,7 @@ class TextTable:
         self.read = 0
         """Texts read so far."""
 
-    def find(self, table: SpanTable, texts: Sequence[str]) -> list[str | None]:
+    def find(self, table: TableReader, texts: Sequence[str]) -> list[str | None]:
         """For each text the id of the oldest chunk of `table` with exactly this text, or None."""
         if table.version != self._version:
             self._follow(table)
@@ -35,7 +35,7 @@ class TextTable:
                 if at < len(self._entries) and self._entries[at]["digest"] == digest else None
                 for at, digest in zip(starts.tolist(), wanted, strict=True)]
 
-    def _follow(self, table: SpanTable) -> None:
+    def _follow(self, table: TableReader) -> None:
         live = np.fromiter(table.rows.values(), np.int64, len(table.rows))
         kept = self._entries[np.isin(self._entries["row"], live)]
         new = np.setdiff1d(live, kept["row"])

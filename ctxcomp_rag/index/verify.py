@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ctxcomp_rag.errors import IndexDamagedError
-from ctxcomp_rag.index.span_store import ROWS_PER_READ, SpanTable
+from ctxcomp_rag.index.table_reader import ROWS_PER_READ, TableReader
 from ctxcomp_rag.index.vectors import VectorIndex
 from ctxcomp_rag.spans import SpanSpec
 
@@ -41,7 +41,7 @@ class VerifyReport:
         return not self.damaged
 
 
-def check_rows(table: SpanTable, spec: SpanSpec, vector_size: int, progress: Callable[[int, int], None] | None = None
+def check_rows(table: TableReader, spec: SpanSpec, vector_size: int, progress: Callable[[int, int], None] | None = None
                ) -> list[Damage]:
     """Read all rows; the damaged ones, and the files that cannot be read at all."""
     damaged = [Damage("", "", f"{file} cannot be read: {why}") for file, why in table.unreadable.items()]
@@ -70,7 +70,7 @@ def check_rows(table: SpanTable, spec: SpanSpec, vector_size: int, progress: Cal
     return damaged
 
 
-def _check(table: SpanTable, row_ids: Sequence[int], spec: SpanSpec, vector_size: int) -> None:
+def _check(table: TableReader, row_ids: Sequence[int], spec: SpanSpec, vector_size: int) -> None:
     found = table.read_rows(row_ids)
     for row_id in row_ids:
         if row_id not in found:
@@ -81,7 +81,7 @@ def _check(table: SpanTable, row_ids: Sequence[int], spec: SpanSpec, vector_size
             raise IndexDamagedError(f"its vector is not {vector_size} finite numbers")
 
 
-def check_vectors(table: SpanTable, vectors: VectorIndex) -> list[str]:
+def check_vectors(table: TableReader, vectors: VectorIndex) -> list[str]:
     """Whether the search vectors are those of the table's rows; a sentence where they are not."""
     ids = np.sort(np.fromiter(table.rows.values(), np.int64, len(table.rows)))
     same = np.array_equal(np.sort(vectors.ids()), ids) and vectors.agrees_with(table.vector_batches(ids))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctxcomp_rag.errors import InputError
-from ctxcomp_rag.index.span_store import FilterColumns
+from ctxcomp_rag.index.table_reader import FilterColumns
 
 Value = str | int | float | bool | None
 Where = Mapping[str, Value | Collection[Value]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.index import AddReport, MemoryIndex
 from ctxcomp_rag.spans import DecoderFingerprint, KVSpan, MemorySpan, SoftSpan, SpanSpec
+from tests.index.s3 import CREDENTIALS, S3Server
 
 VECTOR_SIZE = 12
 DECODER = DecoderFingerprint(
@@ -100,3 +102,36 @@ def path(tmp_path: Path) -> Path:
 def index(path: Path) -> Iterator[MemoryIndex]:
     with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="minilm", codec="exact") as index:
         yield index
+
+
+# ---- an object store -------------------------------------------------------------------------------------------
+
+_BUCKETS = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server that the environment names, with credentials for it; what is kept locally goes into `tmp_path`."""
+    for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": s3_server.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CTXCOMP_CACHE", str(tmp_path / "cache"))
+    s3_server.forget()
+    return s3_server
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> Any:
+    """A new bucket; `s3://<its name>/kb` is nowhere yet."""
+    return s3.bucket(f"lake-{next(_BUCKETS)}")
+
+
+@pytest.fixture
+def uri(bucket: Any) -> str:
+    return f"s3://{bucket.name}/kb"

@@ -127,7 +127,7 @@ def _look_at_all(path: Path, places: Sequence[tuple[str, Path, int, int]], pipe:
         pipe.send(said)
 
 
-def look(path: Path, corpus: Corpus) -> tuple[Outcome, str]:
+def look(path: Path | str, corpus: Corpus) -> tuple[Outcome, str]:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:

@@ -89,7 +89,7 @@ class ChatCtxcomp(BaseChatModel):
         """What an answer depends on besides the messages; LangChain's cache goes by it."""
         decoder, spec = self._chat.backbone.fingerprint, self._chat.index.spec
         return {"decoder": str(decoder), "weights": decoder.weights_digest, "spans": spec.fingerprint,
-                "index": str(self._chat.index.path), "max_tokens": self.max_tokens, "temperature": self.temperature,
+                "index": self._chat.index.location, "max_tokens": self.max_tokens, "temperature": self.temperature,
                 "top_p": self.top_p, "stop": self.stop, "seed": self.seed,
                 "allow_text_references": self.allow_text_references}
 

@@ -39,7 +39,7 @@ class SpanVectorStore(VectorStore):
                  chat: SpanChat | None = None) -> None:
         name = embedding_name(embedding)
         if index.retrieval_encoder != name:
-            raise InputError(f"the index in {str(index.path)!r} was made with the embeddings "
+            raise InputError(f"the index in {index.location!r} was made with the embeddings "
                              f"{index.retrieval_encoder!r}, got {name!r}; pass the ones it was made with")
         if compressor is not None:
             index.spec.require_compressor(compressor.spec)
