@@ -1,4 +1,4 @@
-"""Peers as rows: each project runs in a process and an interpreter of its own (`peer_drivers`), one answer at a time."""
+"""Peers as rows: each runs in a process and an interpreter of its own (`peer_drivers`), one answer at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PeerProcess:
         vocabulary = int(config["vocab_size"])
         task = {"config": dict(config), "chunks": workload.chunk_ids(vocabulary), "factor": factor,
                 "question": workload.question_ids(vocabulary), "new_tokens": workload.new_tokens}
-        self._errors = tempfile.TemporaryFile(mode="w+", errors="replace")
+        self._errors = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115 - open until `close`
         self._process = subprocess.Popen([str(python), "-m", "peer_drivers", name], stdin=subprocess.PIPE, text=True,
                                          stdout=subprocess.PIPE, stderr=self._errors,
                                          env={**os.environ, "PYTHONPATH": str(_FOLDER)})  # nothing else of ours

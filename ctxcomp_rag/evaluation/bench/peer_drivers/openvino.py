@@ -24,9 +24,14 @@ class OpenVINO(Peer):
 
     @staticmethod
     def _compiled(path: Path) -> Any:
-        return package("openvino").Core().compile_model(str(path), "CPU", {
-            "INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32",
-            "KV_CACHE_PRECISION": "f32"})
+        core = package("openvino").Core()
+        model, ops = core.read_model(path), package("openvino.opset13")
+        head = model.output("logits").get_node().input_value(0).get_node()
+        # the exported head runs over every position; as openvino-genai does, only the last one is left to it
+        head.input(0).replace_source_output(ops.gather(head.input_value(0), [-1], 1).output(0))
+        model.validate_nodes_and_infer_types()
+        return core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": 1, "PERFORMANCE_HINT": "LATENCY",
+                                                 "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"})
 
     def _read(self, ids: list[int]) -> None:
         np = package("numpy")

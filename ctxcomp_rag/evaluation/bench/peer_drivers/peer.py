@@ -56,7 +56,7 @@ class Peer(ABC):
 
 
 class PrefixCaching(Peer):
-    """An engine that keeps the beginning of earlier prompts: nothing kept, the same chunks in the same order, reordered.
+    """An engine that keeps the beginning of earlier prompts: nothing kept, the same chunks in their order, reordered.
 
     Every prompt ends in another question, so that only the chunks can be found in the cache. Subclasses name their
     rows in this order.
