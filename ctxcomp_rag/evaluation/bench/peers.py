@@ -43,9 +43,12 @@ class PeerProcess:
         task = {"config": dict(config), "chunks": workload.chunk_ids(vocabulary), "factor": factor,
                 "question": workload.question_ids(vocabulary), "new_tokens": workload.new_tokens}
         self._errors = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115 - open until `close`
-        self._process = subprocess.Popen([str(python), "-m", "peer_drivers", name], stdin=subprocess.PIPE, text=True,
-                                         stdout=subprocess.PIPE, stderr=self._errors,
-                                         env={**os.environ, "PYTHONPATH": str(_FOLDER)})  # nothing else of ours
+        try:
+            self._process = subprocess.Popen([str(python), "-m", "peer_drivers", name], text=True,
+                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+                                             env={**os.environ, "PYTHONPATH": str(_FOLDER)})  # nothing else of ours
+        except OSError as error:
+            raise PeerSkippedError(f"{python} does not start: {error.strerror}") from error
         try:
             ready = self.ask(task)
         except PeerSkippedError:
