@@ -16,6 +16,7 @@ class OpenVINO(Peer):
 
     def __init__(self, task: dict[str, Any]) -> None:
         super().__init__(task)
+        self.filled = 0
         folder = DecoderFolder(task["config"])
         exported = folder.path / "exported"
         package("optimum.intel").OVModelForCausalLM.from_pretrained(
@@ -35,17 +36,17 @@ class OpenVINO(Peer):
 
     def _read(self, ids: list[int]) -> None:
         np = package("numpy")
-        begin, self.read = self.read, self.read + len(ids)
-        found = self.request.infer({"input_ids": np.array([ids]), "attention_mask": np.ones((1, self.read), np.int64),
-                                    "position_ids": np.arange(begin, self.read)[None],
+        begin, self.filled = self.filled, self.filled + len(ids)
+        found = self.request.infer({"input_ids": np.array([ids]), "attention_mask": np.ones((1, self.filled), np.int64),
+                                    "position_ids": np.arange(begin, self.filled)[None],
                                     "beam_idx": np.zeros(1, np.int32)})
         self.token = int(found["logits"][0, -1].argmax())
 
     def first(self, row: str) -> int:
         self.request.reset_state()
-        self.read = 0
+        self.filled = 0
         self._read([*self.text, *self.question])
-        return self.read
+        return self.filled
 
     def following(self) -> None:
         self._read([self.token])
