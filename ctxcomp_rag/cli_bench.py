@@ -31,8 +31,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to answer with.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Times that each row is run, in turn.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the token ids.")] = 0,
-    peer: Annotated[list[str] | None, typer.Option(help="NAME=PYTHON: another project (kvpress, llmlingua, vllm) and "
-                                                   "the interpreter that has it; may be repeated.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="NAME=PYTHON: another project (kvpress, llmlingua, vllm, "
+                                                   "llama.cpp, openvino) and the interpreter that has it; may be "
+                                                   "repeated.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the growth with the chunks into this SVG or PNG.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     as_json: Json = False,
@@ -85,7 +86,7 @@ def bench(
         return
     to_out.print(table)
     for name, reason in whole.get("skipped", {}).items():
-        if name in interpreters:
+        if name.startswith(tuple(interpreters)):
             to_err.print(f"{name} did not run: {reason}")
 
 

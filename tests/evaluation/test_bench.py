@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +17,10 @@ from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.bench.clock import Timing
 from ctxcomp_rag.evaluation.bench.growth import Growth as GrowthRow
 from ctxcomp_rag.evaluation.bench.growth import fitted_power, plot_growth
-from ctxcomp_rag.evaluation.bench.peers import PeerRow, PeerSkippedError, start_peers
 from ctxcomp_rag.evaluation.bench.report import measure
 from ctxcomp_rag.evaluation.bench.rows import LIMIT, RAW, ROWS, Rows
 from ctxcomp_rag.evaluation.bench.runs import BareRun, PrefixRun, Run, SplicedRun, read_cache
-from ctxcomp_rag.evaluation.bench.shapes import load_shape, shape_config
+from ctxcomp_rag.evaluation.bench.shapes import load_shape
 from ctxcomp_rag.evaluation.bench.workload import Workload
 
 WORK = Workload(chunks=3, chunk_tokens=16, question_tokens=4, new_tokens=3)
@@ -161,36 +159,6 @@ def test_a_plot_is_the_same_file_twice(tmp_path: Path) -> None:
         plot_growth(growth, tmp_path / name, "title")
         sizes.add(len((tmp_path / name).read_text()))
     assert len(sizes) == 1
-
-
-def test_a_peer_that_cannot_run_says_why(tmp_path: Path) -> None:
-    bare = tmp_path / "python"  # an interpreter without site packages
-    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
-    bare.chmod(0o755)
-    running, skipped = start_peers({"kvpress": Path("/nowhere/python"), "llmlingua": bare}, shape_config("tiny"), WORK)
-    assert not running
-    assert skipped["kvpress"] == "there is no interpreter at /nowhere/python"
-    assert skipped["llmlingua"] == "ModuleNotFoundError: No module named 'torch'"
-    assert skipped["vllm"] == "no interpreter given (--peer vllm=PYTHON)"
-    assert "GGUF" in skipped["llama.cpp"]
-
-
-def test_a_peer_answers_over_the_protocol(tmp_path: Path) -> None:
-    # a stand-in for another interpreter: it speaks the protocol and computes nothing
-    script = tmp_path / "python"
-    script.write_text(f"#!{sys.executable}\nimport json, sys\n"
-                      "task = json.loads(sys.stdin.readline())\n"
-                      "print(json.dumps({'versions': {'peer': '1'}}), flush=True)\n"
-                      "sys.stdin.readline()\n"
-                      "print(json.dumps({'ttft': 1.0, 'total': 2.0, 'ttft_wall': 3.0, 'total_wall': 4.0,\n"
-                      "                  'positions': len(task['question'])}), flush=True)\n")
-    script.chmod(0o755)
-    with PeerRow("kvpress", script, shape_config("tiny"), WORK) as peer:
-        assert peer.versions == {"peer": "1"}
-        assert peer.timed(3) == Timing(0.0, 1.0, 2.0, 3.0, 4.0, 3, 4)
-        with pytest.raises(PeerSkippedError, match="its process ended"):
-            peer.timed(3)
-
 
 
 def test_the_ratios_of_the_page_are_those_on_file() -> None:

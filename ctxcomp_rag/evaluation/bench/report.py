@@ -13,7 +13,7 @@ import torch
 
 from ctxcomp_rag.decoding import FrozenDecoder
 from ctxcomp_rag.evaluation.bench.clock import Timing, clocked
-from ctxcomp_rag.evaluation.bench.peers import PeerRow
+from ctxcomp_rag.evaluation.bench.peers import PeerRow, PeerSkippedError
 from ctxcomp_rag.evaluation.bench.rows import LIMIT, RAW, Row
 from ctxcomp_rag.evaluation.memory import peak_memory
 from ctxcomp_rag.evaluation.timing import cache_bytes
@@ -53,11 +53,14 @@ class RowResult:
 
 
 def measure(rows: Sequence[Row | PeerRow], decoder: FrozenDecoder, new_tokens: int, repeats: int,
-            progress: Progress = lambda name: None) -> Iterator[list[RowResult]]:
+            progress: Progress = lambda name: None,
+            skipped: dict[str, str] | None = None) -> Iterator[list[RowResult]]:
     """Every row once a repeat, each beside its ideal; `RAW` and `LIMIT` have to be among them.
 
-    Yields the results so far after each repeat. The order is turned round in every other one.
+    Yields the results so far after each repeat. The order is turned round in every other one. A peer's row that gives
+    up is left out from then on; `skipped` takes its name and the reason.
     """
+    skipped = {} if skipped is None else skipped
     peaks = dict.fromkeys((row.name for row in rows), 0)
     times: dict[str, list[Timing]] = {row.name: [] for row in rows}
     ideals: dict[str, list[Timing]] = {row.name: [] for row in rows}
@@ -66,9 +69,14 @@ def measure(rows: Sequence[Row | PeerRow], decoder: FrozenDecoder, new_tokens: i
             progress(row.name)
             if row.ideal is not None:
                 ideals[row.name].append(clocked(row.ideal(), 1))
-            with peak_memory() as peak:
-                times[row.name].append(row.timed(new_tokens))
+            try:
+                with peak_memory() as peak:
+                    times[row.name].append(row.timed(new_tokens))
+            except PeerSkippedError as error:
+                skipped[row.name] = str(error)
+                continue
             peaks[row.name] = max(peaks[row.name], peak.bytes)
+        rows = [row for row in rows if row.name not in skipped]
         yield [_result(row, times, ideals[row.name], peaks[row.name], decoder) for row in rows]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ctxcomp_rag.decoding import FrozenDecoder
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.bench.clock import one_thread
-from ctxcomp_rag.evaluation.bench.peers import PEERS, start_peers
+from ctxcomp_rag.evaluation.bench.peers import PEERS, PeerRow, start_peers
 from ctxcomp_rag.evaluation.bench.report import Progress, RowResult, measure
 from ctxcomp_rag.evaluation.bench.rows import LIMIT, RAW, Rows
 from ctxcomp_rag.evaluation.bench.shapes import SHAPES, load_shape, shape_config
@@ -25,7 +25,7 @@ class Results:
 
     Attributes:
         peers: package versions of the peers that ran.
-        skipped: why the others did not.
+        skipped: why the others, or some of their rows, did not.
     """
 
     repeats: int
@@ -61,7 +61,8 @@ def run_rows(shape: str, names: Sequence[str], workload: Workload, repeats: int,
         started, skipped = start_peers(peers or {}, shape_config(shape) if peers else {}, workload)
         for peer in started:
             running.enter_context(peer)
+            rows += [PeerRow(name, peer) for name in peer.rows]
         versions = {peer.name: peer.versions for peer in started}
-        measured = measure([*rows, *started], FrozenDecoder(backbone), workload.new_tokens, repeats, progress)
+        measured = measure(rows, FrozenDecoder(backbone), workload.new_tokens, repeats, progress, skipped)
         for done, results in enumerate(measured, 1):
             yield Results(done, results, versions, skipped)

@@ -1,0 +1,82 @@
+"""Compressing offline with ICAE at the official setting, 512 tokens to 128 slots: ours, the floor, the official way.
+
+    python benchmarks/compress_speed.py [--shape 0.5b] [--texts 3] [--repeats 3] [--out benchmarks/results/...]
+
+`floor` is the bare decoder without head, cache or LoRA over as many rows. `official way` stands in for getao/icae
+(v2, `ICAE._compress`), which is not run: one segment at a time through the PEFT model as a whole, so with the
+language-model head over every row, a KV cache and the hidden states of all layers. Its slots have to equal ours. CPU
+time on one thread, each text by all three in turn, ratios within a text, then their median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from common import print_table
+from torch import Tensor
+
+from ctxcomp_rag.compressors.icae import ICAECompressor
+from ctxcomp_rag.evaluation.bench.clock import one_thread
+from ctxcomp_rag.evaluation.bench.offline import timed
+from ctxcomp_rag.evaluation.bench.report import conditions
+from ctxcomp_rag.evaluation.bench.shapes import load_shape
+from ctxcomp_rag.evaluation.bench.workload import Workload
+from ctxcomp_rag.evaluation.provenance import write_result
+
+
+def encoder_rows(icae: ICAECompressor, ids: list[int]) -> Tensor:
+    """Rows (1, len(ids) + num_memory_tokens, hidden_size) that the encoder reads."""
+    memory = icae.memory_tokens[: icae.config.num_memory_tokens]
+    return torch.cat([icae.backbone.embed(torch.tensor(ids)), memory])[None]
+
+
+def official_way(icae: ICAECompressor, ids: list[int]) -> Tensor:
+    """Slots (num_memory_tokens, hidden_size) of one segment."""
+    made = icae.encoder(inputs_embeds=encoder_rows(icae, ids), output_hidden_states=True)
+    slots: Tensor = made.hidden_states[-1][0, len(ids) :]
+    return slots
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="0.5b")
+    parser.add_argument("--texts", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/compress_speed_SHAPE.json")
+    args = parser.parse_args()
+    one_thread()
+    icae = ICAECompressor(load_shape(args.shape))
+    body = icae.backbone.model.base_model
+    texts = Workload(chunks=args.texts).chunk_ids(int(icae.backbone.config.vocab_size))
+    seconds: dict[str, list[float]] = {"ours": [], "floor": [], "official way": []}
+    for _ in range(args.repeats):
+        for ids in texts:
+            (ours,), one = timed(lambda ids=ids: icae.encode([ids]))
+            rows = encoder_rows(icae, ids)
+            _, two = timed(lambda rows=rows: body(inputs_embeds=rows, use_cache=False))
+            theirs, three = timed(lambda ids=ids: official_way(icae, ids))
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+            for taken, spent in zip(seconds.values(), (one, two, three), strict=True):
+                taken.append(spent)
+
+    def ratio(above: list[float]) -> float:
+        return round(statistics.median(a / b for a, b in zip(above, seconds["ours"], strict=True)), 3)
+
+    tokens = len(texts[0])
+    rows = [{"row": name, "tokens_per_s": round(tokens / statistics.median(taken), 1), "time_over_ours": ratio(taken)}
+            for name, taken in seconds.items()]
+    print_table(rows)
+    write_result(args.out or Path(f"benchmarks/results/compress_speed_{args.shape}.json"),
+                 {"shape": args.shape, "segment_tokens": tokens, "slots": icae.config.num_memory_tokens,
+                  "lora_rank": icae.config.lora_rank, "texts": args.texts, "repeats": args.repeats,
+                  "conditions": conditions(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
