@@ -128,7 +128,10 @@ def rotate_keys(keys: Tensor, shift: Tensor | int, rope: RotaryPositions) -> Ten
         moved = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return torch.cat([moved.to(keys.dtype), keys[..., dim:]], dim=-1)
     made = torch.empty_like(keys, memory_format=torch.contiguous_format)
-    torch.mul(first, cos, out=made[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=made[..., half:dim]).addcmul_(first, sin)
+    whole = torch.cat([cos, cos], dim=-1).expand(*shift.shape[:-1], keys.shape[-2], dim)
+    # a row of its own for every slot: torch then multiplies whole slots, not halves one after the other
+    torch.mul(keys[..., :dim], whole.contiguous(), out=made[..., :dim])
+    made[..., :half].addcmul_(second, sin, value=-1)
+    made[..., half:dim].addcmul_(first, sin)
     made[..., dim:] = keys[..., dim:]
     return made

@@ -259,6 +259,7 @@ def slot_ids(part: Blended, backbone: Backbone) -> list[int]:
 class _Builder:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
+        self.device, self.dtype = backbone.device, backbone.dtype  # asking the model walks through its parameters
         self.runs: list[Run] = []
         self.rows: list[Tensor] = []
         self.places: list[Tensor] = []
@@ -268,7 +269,7 @@ class _Builder:
         if isinstance(piece, EntriesPiece):
             self._cached(piece)
         elif isinstance(piece, RowsPiece):
-            self.rows.append(piece.embeds.to(self.backbone.device, self.backbone.dtype))
+            self.rows.append(piece.embeds.to(self.device, self.dtype))
             self.places.append(piece.positions + self.next_position)
         else:
             self.rows.append(self.backbone.embed(torch.tensor(piece.ids)))
@@ -278,20 +279,20 @@ class _Builder:
     def _cached(self, piece: EntriesPiece) -> None:
         b, span = self.backbone, piece.span
         self._close_run()
-        keys = span.keys.to(b.device, b.dtype)  # first: keys stored in less are not rounded a second time
+        keys = span.keys.to(self.device, self.dtype)  # first: keys stored in less are not rounded a second time
         if self.next_position:
             keys = rotate_keys(keys, self.next_position, b.rope)
-        run = CachedRun(keys, span.values.to(b.device, b.dtype))
+        run = CachedRun(keys, span.values.to(self.device, self.dtype))
         # nothing before it, nothing to blend with: the span is already what it would become
         if piece.ids is None or not piece.num_fresh or not self.runs:
             self.runs.append(run)
             return
-        positions = (span.positions + self.next_position).to(b.device)
+        positions = (span.positions + self.next_position).to(self.device)
         self.runs.append(BlendedRun(run, EmbeddedRun(b.embed(torch.tensor(piece.ids)), positions), piece.num_fresh))
 
     def _close_run(self) -> None:
         if self.rows:
-            self.runs.append(EmbeddedRun(torch.cat(self.rows), torch.cat(self.places).to(self.backbone.device)))
+            self.runs.append(EmbeddedRun(torch.cat(self.rows), torch.cat(self.places).to(self.device)))
             self.rows, self.places = [], []
 
     def finish(self) -> tuple[Run, ...]:

@@ -98,9 +98,8 @@ def span_from_bytes(data: bytes, tables_of: Callable[[str], Tables] = _no_tables
         ValueError: these are not the bytes of a span.
     """
     try:
-        tensors = stored_tensors(data)
-        (length,) = struct.unpack_from("<Q", data)
-        about = json.loads(json.loads(bytes(memoryview(data)[8 : 8 + length]))["__metadata__"]["span"])
+        tensors, metadata = stored_tensors(data)
+        about = json.loads(metadata["span"])
         codec = codec_named(about.get("codec", EXACT.name))
         if "tables" in about:
             codec = codec.with_tables(tables_of(about["tables"]))

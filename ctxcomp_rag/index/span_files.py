@@ -1,9 +1,9 @@
-"""Spans of this machine's files, mapped instead of copied.
+"""Spans read from the files of a table, large ones mapped instead of copied.
 
     data/<name>.lance           rows, and spans of up to 64 KB
     data/<name>/<blob>.blob     larger spans, several in a file or one
 
-Lance says in which row a span lies, in which blob and where in it; it also reads blobs, at the price of a copy.
+Where in them a span lies, its row says; Lance also reads it, at the price of copies and of another round of its threads.
 """
 
 from __future__ import annotations
@@ -19,66 +19,76 @@ from typing import Any, Final
 COLUMNS: Final = ["_rowid", "_rowaddr", "span"]
 """Of a row, what `SpanFiles.read` has to know."""
 
-_PACKED, _DEDICATED = 1, 2  # Lance's kinds of blobs with files of their own
+_INLINE, _PACKED, _DEDICATED = 0, 1, 2  # Lance's kinds of blobs: in the data file, in a file with others, in its own
+_MAPPED_FROM = 2**16  # bytes; less is copied faster than mapped
 _POPULATE_READ = 22  # madvise's MADV_POPULATE_READ, of Linux 5.14; Python has no name for it
 
 
 class SpanFiles:
-    """The spans of one version of a Lance table. Thread-safe.
-
-    Files are never changed once they are written, so a mapping stays what it was; one that is removed meanwhile leaves
-    the disk when the last span that lies in it is let go.
-    """
+    """The spans of one version of a Lance table. Thread-safe."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
-        self._data = Path(dataset.uri) / "data"
 
     @cached_property
-    def _folders(self) -> dict[int, Path]:
-        """Fragment id -> folder of its blobs."""
-        return {f.fragment_id: self._data / Path(f.metadata.files[0].path).stem for f in self._dataset.get_fragments()}
+    def _files(self) -> dict[int, Path]:
+        """Fragment id -> its data file."""
+        folder = Path(self._dataset.uri) / "data"
+        return {f.fragment_id: folder / f.metadata.files[0].path for f in self._dataset.get_fragments()}
 
     def read(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Bytes of the spans of rows with the columns `COLUMNS`, as bytes or buffers that must not be written to.
+        """Bytes of the spans of rows with the columns `COLUMNS`: bytes, or buffers that must not be written to.
 
         Raises:
             OSError: a file is not there, or cannot be read.
         """
-        found = {row["_rowid"]: self._mapped(row["_rowaddr"], row["span"]) for row in rows}
-        others = [row for row in rows if found[row["_rowid"]] is None]
-        if others:
-            by_address = dict(self._dataset.read_blobs("span", addresses=[row["_rowaddr"] for row in others]))
-            found |= {row["_rowid"]: by_address[row["_rowaddr"]] for row in others}
-        return [found[row["_rowid"]] for row in rows]
+        found = [self._bytes(row["_rowaddr"], row["span"]) for row in rows]
+        missing = [number for number, data in enumerate(found) if data is None]
+        if missing:
+            addresses = [rows[number]["_rowaddr"] for number in missing]
+            by_address = dict(self._dataset.read_blobs("span", addresses=addresses))
+            for number, address in zip(missing, addresses, strict=True):
+                found[number] = by_address[address]
+        return found
 
-    def _mapped(self, address: int, place: Mapping[str, Any]) -> Any:
-        """A span in a file of its own or of several; None where it is to be read by Lance."""
-        if sys.platform != "linux" or place["kind"] not in (_PACKED, _DEDICATED):
+    def _bytes(self, address: int, place: Mapping[str, Any]) -> Any:
+        """None where the span is for Lance to read."""
+        file = self._files[address >> 32]
+        if place["kind"] in (_PACKED, _DEDICATED):
+            # a blob's name is its number in bits, the lowest first
+            file = file.with_suffix("") / f"{format(place['blob_id'], '032b')[::-1]}.blob"
+        elif place["kind"] != _INLINE:
             return None
-        # Lance spreads blobs over names: their number's bits from the lowest on
-        name = f"{place['blob_id']:032b}"[::-1] + ".blob"
         try:
-            return mapped(self._folders[address >> 32] / name, place["position"], place["size"])
+            return stretch(file, place["position"], place["size"])
         except (OSError, ValueError):  # Lance says what is wrong with it
             return None
 
 
-def mapped(file: Path, begin: int, size: int) -> memoryview:
-    """`size` bytes of a file from `begin` on, in memory already, which the memoryview keeps mapped.
+def stretch(file: Path, begin: int, size: int) -> bytes | memoryview:
+    """`size` bytes of a file from `begin` on. Many of them are mapped: they take no memory of this process.
+
+    A mapping shows the file, so it is for files that nobody changes once they are written; one that is removed
+    meanwhile leaves the disk when the last reader lets the mapping go.
 
     Raises:
-        OSError: they cannot be read; later, and from a mapping alone, the system would end the process for that.
+        OSError: they cannot be read.
         ValueError: the file is shorter.
     """
-    skipped = begin % mmap.ALLOCATIONGRANULARITY
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        pages = mmap.mmap(descriptor, skipped + size, prot=mmap.PROT_READ, offset=begin - skipped)
+        if size < _MAPPED_FROM or sys.platform != "linux":
+            data = os.pread(descriptor, size, begin)
+            if len(data) < size:
+                raise ValueError(f"expected {size} bytes at {begin} of {file}, got {len(data)}")
+            return data
+        skipped = begin % mmap.ALLOCATIONGRANULARITY
+        # private: who writes to it by mistake gets pages of his own
+        pages = mmap.mmap(descriptor, skipped + size, flags=mmap.MAP_PRIVATE, offset=begin - skipped)
     finally:
         os.close(descriptor)
-    pages.madvise(_POPULATE_READ)
+    pages.madvise(_POPULATE_READ)  # raises what would otherwise end the process when the bytes are looked at
     return memoryview(pages)[skipped:]
 
 
-__all__ = ["COLUMNS", "SpanFiles", "mapped"]
+__all__ = ["COLUMNS", "SpanFiles", "stretch"]
