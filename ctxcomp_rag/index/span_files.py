@@ -3,7 +3,7 @@
     data/<name>.lance           rows, and spans of up to 64 KB
     data/<name>/<blob>.blob     larger spans, several in a file or one
 
-Where in them a span lies, its row says; Lance also reads it, at the price of copies and of another round of its threads.
+Its row says where a span lies. Lance also reads it, at the price of copies and of another round of its threads.
 """
 
 from __future__ import annotations
