@@ -42,7 +42,7 @@ class BlendedRun:
 
     Attributes:
         cached: the entries as they are stored, in place.
-        fresh: the embeddings of their tokens, at the same positions.
+        fresh: the rows they are computed from, at the same positions.
         num_fresh: how many are computed anew.
     """
 
@@ -115,10 +115,11 @@ class RowsPiece:
 
 @dataclass(frozen=True, eq=False)
 class EntriesPiece:
-    """A KV span; for a blended one the ids of its slots' tokens, and how many of them are computed anew."""
+    """A KV span; for a blended one the rows (num_slots, hidden_size) or the token ids of its slots, and how many of
+    them are computed anew."""
 
     span: KVSpan
-    ids: list[int] | None = None
+    source: Tensor | list[int] | None = None
     num_fresh: int = 0
 
     @property
@@ -199,7 +200,7 @@ class _Layout:
         elif isinstance(part, Blended):
             self._check_entries(part.span)
             fresh = math.ceil(part.fraction * part.span.num_slots)
-            self.pieces.append(EntriesPiece(part.span, slot_ids(part, self.backbone), fresh))
+            self.pieces.append(EntriesPiece(part.span, slot_source(part, self.backbone), fresh))
             self.cached += part.span.num_slots - fresh
         elif isinstance(part, KVSpan):
             self._check_entries(part)
@@ -239,10 +240,19 @@ class _Layout:
                                                       self.cached))
 
 
-def slot_ids(part: Blended, backbone: Backbone) -> list[int]:
-    """Token ids of the slots of a span; raises InputError where a slot is not one token in all layers and heads."""
+def slot_source(part: Blended, backbone: Backbone) -> Tensor | list[int]:
+    """What the slots of a span are computed from, rows (num_slots, hidden_size) or token ids.
+
+    Raises InputError where a slot is not one row, or one token in all layers and heads.
+    """
     span, name = part.span, f"span {part.span.chunk_id!r}"
     source = part.source
+    if isinstance(source, Tensor):
+        if tuple(source.shape) != (span.num_slots, backbone.hidden_size):
+            raise InputError(f"{name} has {span.num_slots} slots, so it is blended from rows of shape "
+                             f"{(span.num_slots, backbone.hidden_size)}, got {tuple(source.shape)}; pass those that it "
+                             "was rolled from")
+        return source
     ids = list(source.ids) if isinstance(source, TokenIds) else text_ids(source, backbone.tokenizer)
     if len(ids) != span.num_source_tokens:
         raise InputError(f"{name} was made from {span.num_source_tokens} tokens, the source given to blend it has "
@@ -284,11 +294,12 @@ class _Builder:
             keys = rotate_keys(keys, self.next_position, b.rope)
         run = CachedRun(keys, span.values.to(self.device, self.dtype))
         # nothing before it, nothing to blend with: the span is already what it would become
-        if piece.ids is None or not piece.num_fresh or not self.runs:
+        if piece.source is None or not piece.num_fresh or not self.runs:
             self.runs.append(run)
             return
+        rows = b.embed(torch.tensor(piece.source)) if isinstance(piece.source, list) else piece.source
         positions = (span.positions + self.next_position).to(self.device)
-        self.runs.append(BlendedRun(run, EmbeddedRun(b.embed(torch.tensor(piece.ids)), positions), piece.num_fresh))
+        self.runs.append(BlendedRun(run, EmbeddedRun(rows.to(self.device, self.dtype), positions), piece.num_fresh))
 
     def _close_run(self) -> None:
         if self.rows:
