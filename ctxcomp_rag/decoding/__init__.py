@@ -20,4 +20,5 @@ from ctxcomp_rag.decoding.splice import PromptUsage, SplicedPrompt, splice
 
 __all__ = ["Blended", "Delimiter", "FrozenDecoder", "Generation", "GenerationSettings", "Message", "Part",
            "PrerolledSpans", "PromptUsage", "RequestLimits", "RequestScheduler", "SplicedPrompt", "Text", "Ticket",
-           "TokenIds", "blend_rolled", "enclosed", "preroll", "question_prompt", "reconstruction_prompt", "render_chat", "splice"]
+           "TokenIds", "blend_rolled", "enclosed", "preroll", "question_prompt", "reconstruction_prompt", "render_chat",
+           "splice"]

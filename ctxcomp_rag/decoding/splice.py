@@ -75,11 +75,17 @@ class PromptUsage:
 
 @dataclass(frozen=True, eq=False)
 class SplicedPrompt:
-    """Decoder inputs of one prompt; `next_position` is where the first generated token stands."""
+    """Decoder inputs of one prompt.
+
+    Attributes:
+        next_position: where the first generated token stands.
+        head: ids of the text before the first span, the first rows of the first run; () where there is no span.
+    """
 
     runs: tuple[Run, ...]
     next_position: int
     usage: PromptUsage
+    head: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -175,7 +181,9 @@ def place(layout: Layout, backbone: Backbone) -> SplicedPrompt:
     builder = _Builder(backbone)
     for piece in layout.pieces:
         builder.add(piece)
-    return SplicedPrompt(builder.finish(), layout.num_positions, layout.usage)
+    first = layout.pieces[0]
+    head = tuple(first.ids) if isinstance(first, TextPiece) and len(layout.pieces) > 1 else ()
+    return SplicedPrompt(builder.finish(), layout.num_positions, layout.usage, head)
 
 
 class _Layout:

@@ -14,10 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
-
-COLUMNS: Final = ["_rowid", "_rowaddr", "span"]
-"""Of a row, what `SpanFiles.read` has to know."""
+from typing import Any
 
 _INLINE, _PACKED, _DEDICATED = 0, 1, 2  # Lance's kinds of blobs: in the data file, in a file with others, in its own
 _MAPPED_FROM = 2**16  # bytes; less is copied faster than mapped
@@ -36,20 +33,20 @@ class SpanFiles:
         folder = Path(self._dataset.uri) / "data"
         return {f.fragment_id: folder / f.metadata.files[0].path for f in self._dataset.get_fragments()}
 
-    def read(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Bytes of the spans of rows with the columns `COLUMNS`: bytes, or buffers that must not be written to.
+    def read(self, addresses: Sequence[int], places: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Bytes of spans: bytes, or buffers that must not be written to.
+
+        Args:
+            addresses: of the rows that hold them, as Lance counts.
+            places: of each, what Lance says of a blob: kind, blob_id, position, size.
 
         Raises:
-            OSError: a file is not there, or cannot be read.
+            OSError, ValueError: by Lance, of a file that is not there or cannot be read.
         """
-        found = [self._bytes(row["_rowaddr"], row["span"]) for row in rows]
-        missing = [number for number, data in enumerate(found) if data is None]
-        if missing:
-            addresses = [rows[number]["_rowaddr"] for number in missing]
-            by_address = dict(self._dataset.read_blobs("span", addresses=addresses))
-            for number, address in zip(missing, addresses, strict=True):
-                found[number] = by_address[address]
-        return found
+        found = [self._bytes(address, place) for address, place in zip(addresses, places, strict=True)]
+        missing = [address for address, data in zip(addresses, found, strict=True) if data is None]
+        read = dict(self._dataset.read_blobs("span", addresses=missing)) if missing else {}
+        return [read[address] if data is None else data for address, data in zip(addresses, found, strict=True)]
 
     def _bytes(self, address: int, place: Mapping[str, Any]) -> Any:
         """None where the span is for Lance to read."""
@@ -91,4 +88,4 @@ def stretch(file: Path, begin: int, size: int) -> bytes | memoryview:
     return memoryview(pages)[skipped:]
 
 
-__all__ = ["COLUMNS", "SpanFiles", "stretch"]
+__all__ = ["SpanFiles", "stretch"]

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError
-from ctxcomp_rag.index import span_files
 from ctxcomp_rag.index.checksums import altered_files, record_checksums
 from ctxcomp_rag.index.folder import folder_bytes, fsync_all, fsync_path
 from ctxcomp_rag.index.rows import (
@@ -38,6 +37,7 @@ from ctxcomp_rag.index.rows import (
     row_to_chunk,
     rows_to_arrow,
 )
+from ctxcomp_rag.index.span_files import SpanFiles
 from ctxcomp_rag.index.tables import read_tables
 from ctxcomp_rag.spans import MemorySpan
 
@@ -111,7 +111,7 @@ class SpanTable:
 
     def __init__(self, dataset: Any, names: Names | None = None, unreadable: Mapping[str, str] | None = None) -> None:
         self._dataset = dataset
-        self._spans = span_files.SpanFiles(dataset)
+        self._spans = SpanFiles(dataset)
         self.altered = False
         self._good: list[Any] | None = None
         self.version = int(dataset.version)
@@ -285,15 +285,21 @@ class SpanTable:
         return {row["_rowid"]: checked_bytes(row, vector) for row, vector in self._whole_rows(row_ids)}
 
     def _whole_rows(self, row_ids: Sequence[int]) -> Iterator[tuple[dict[str, Any], NDArray[np.float32]]]:
-        columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc", *span_files.COLUMNS]
+        columns = [*CHUNK_COLUMNS, "num_slots", "num_source_tokens", "vector", "crc"]
         for batch in _batches(row_ids, ROWS_PER_READ):
-            with _panics_are_errors():
-                table = self._dataset._take_rows(batch, columns)  # a scan with a filter takes three times as long
-                rows = table.drop_columns(["vector"]).to_pylist()
-                spans = self._spans.read(rows)
+            table, spans = self._with_spans(columns, batch)
             vectors = table["vector"].combine_chunks()
             flat = np.asarray(vectors.flatten() if len(table) else [], dtype=np.float32).reshape(len(table), -1)
+            rows = table.drop_columns(["vector"]).to_pylist()
             yield from (({**row, "span": span}, vector) for row, span, vector in zip(rows, spans, flat, strict=True))
+
+    def _with_spans(self, columns: Sequence[str], row_ids: Sequence[int]) -> tuple[pa.Table, list[Any]]:
+        """The columns and the row ids of those of the given rows that exist, and the bytes of their spans."""
+        with _panics_are_errors():
+            # a scan with a filter takes three times as long
+            table = self._dataset._take_rows(list(row_ids), [*columns, "_rowid", "_rowaddr", "span"])
+            spans = self._spans.read(table["_rowaddr"].to_pylist(), table["span"].to_pylist())
+        return table.drop_columns(["_rowaddr", "span"]), spans
 
     def read_settings(self, row_ids: Sequence[int]) -> dict[str, tuple[dict[str, Any], int]]:
         """Chunk id -> (metadata, number of slots), without texts, vectors and spans."""
