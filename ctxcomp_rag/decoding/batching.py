@@ -157,8 +157,7 @@ def read_at_once(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -
             row_places.append(place)
             continue
         places.append(place)
-        for layer, (keys, values) in enumerate(zip(run.keys, run.values, strict=True)):
-            cache.update(keys[None], values[None], layer)
+        _append(run, cache)
     standing = torch.cat(row_places)
     visible = torch.cat([*places, standing]) <= standing[:, None]
     logits = _forward(backbone, torch.cat([run.embeds for run in rows])[None],
@@ -184,9 +183,14 @@ def read_in_turn(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -
             blend(run, cache, backbone)
         else:
             seen += run.keys.shape[2]
-            for layer, (keys, values) in enumerate(zip(run.keys, run.values, strict=True)):
-                cache.update(keys[None], values[None], layer)
+            _append(run, cache)
     return torch.cat(kept), cache
+
+
+def _append(run: CachedRun, cache: DynamicCache) -> None:
+    for number in range(len(run.keys)):
+        keys, values = run.layer(number)
+        cache.update(keys[None], values[None], number)
 
 
 def _prefill_alone(prompt: SplicedPrompt, backbone: Backbone, prefixes: PrefixCache | None) -> DecodingState:

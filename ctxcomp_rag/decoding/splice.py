@@ -16,7 +16,7 @@ from torch import Tensor
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding.prompt import Blended, Delimiter, Part, Text, TokenIds, text_ids
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError, PromptTooLongError
-from ctxcomp_rag.rope import require_full_attention, rotate_keys
+from ctxcomp_rag.rope import Rotation, require_full_attention
 from ctxcomp_rag.spans import KVSpan, SoftSpan
 
 
@@ -30,10 +30,24 @@ class EmbeddedRun:
 
 @dataclass(frozen=True, eq=False)
 class CachedRun:
-    """Entries that go straight to the cache: keys, values (num_layers, num_kv_heads, n, head_dim), in place."""
+    """Entries that go straight to the cache.
+
+    Attributes:
+        keys, values: (num_layers, num_kv_heads, n, head_dim), as they are stored.
+        rotation: moves the keys to where they stand; None where they stand there.
+    """
 
     keys: Tensor
     values: Tensor
+    rotation: Rotation | None = None
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys, where they stand, and values of one layer: (num_kv_heads, n, head_dim).
+
+        The cache takes a copy of each layer; all layers moved at once would be one more copy of the span.
+        """
+        keys = self.keys[number]
+        return (self.rotation(keys) if self.rotation is not None else keys), self.values[number]
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,9 +312,9 @@ class _Builder:
         b, span = self.backbone, piece.span
         self._close_run()
         keys = span.keys.to(self.device, self.dtype)  # first: keys stored in less are not rounded a second time
-        if self.next_position:
-            keys = rotate_keys(keys, self.next_position, b.rope)
-        run = CachedRun(keys, span.values.to(self.device, self.dtype))
+        rotation = (Rotation.by(self.next_position, span.num_slots, b.rope, self.device) if self.next_position
+                    else None)
+        run = CachedRun(keys, span.values.to(self.device, self.dtype), rotation)
         # nothing before it, nothing to blend with: the span is already what it would become
         if piece.source is None or not piece.num_fresh or not self.runs:
             self.runs.append(run)
