@@ -44,7 +44,7 @@ def _tensor(name: str, about: Any, content: Tensor) -> Tensor:
     """One tensor of a file's content (bytes,) uint8."""
     first, last = about["data_offsets"]
     dtype, shape = _DTYPES[about["dtype"]], about["shape"]
-    if not 0 <= first <= last <= len(content) or last - first != math.prod(shape) * dtype.itemsize:
+    if not 0 <= first <= last <= content.numel() or last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"the tensor {name!r} of shape {shape} does not lie at {first} to {last}")
     flat = content[first:last]
     aligned = not (first % dtype.itemsize or content.data_ptr() % dtype.itemsize)
