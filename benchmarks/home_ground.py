@@ -36,7 +36,7 @@ def main() -> None:
     else:
         compressor = load_trained_compressor("icae", backbone)
     systems = default_systems(possible_factors(compressor))
-    systems += [PREROLLED] if any(s.factor == PREROLLED.factor and s.kind == "spans" for s in systems) else []
+    systems += [p for p in PREROLLED if any(s.factor == p.factor and s.kind == "spans" for s in systems)]
     report = evaluate_home_ground(compressor, load_retrieval_encoder(), documents=args.documents, seed=args.seed,
                                   systems=systems)
     result = asdict(report)

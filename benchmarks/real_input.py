@@ -82,7 +82,7 @@ def main() -> None:
         comparison = Comparison(rag.compressor, rag.decoder)
         rows = []
         for name, posed in settings.items():
-            for system in [*default_systems(), PREROLLED]:
+            for system in [*default_systems(), PREROLLED[0]]:
                 if name == "retrieved" and system.kind == "none":
                     continue
                 rows.append({"setting": name, **measure(rag, comparison, system, posed, args.timed)})

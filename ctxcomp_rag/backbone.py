@@ -74,7 +74,8 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.get_input_embeddings().weight.device
+        embedding: Any = self.model.get_input_embeddings()
+        device: torch.device = embedding.weight.device
         return device
 
     @property

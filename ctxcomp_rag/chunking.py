@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from ctxcomp_rag.errors import InputError
@@ -69,7 +70,7 @@ class Chunk:
     num_tokens: int
     metadata: Metadata = field(default_factory=dict)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """32 hex digits that name this text at this place of this document."""
         parts = "\0".join((self.document_id, str(self.start), self.text))

@@ -212,10 +212,12 @@ class CompressedRAG:
         return self.compressor.read(source.span, source.chunk) if self.compressor else source.span
 
     def _content(self, source: RetrievedSpan, blend: float) -> list[Part]:
-        if blend:
-            return blended(source, blend)
         span = self.read(source)
-        return [self.prerolled.get(span)] if self.prerolled else enclosed(span, self.spec)
+        if blend and (self.prerolled is None or isinstance(span, KVSpan)):
+            return blended(source, blend)
+        if self.prerolled is None:
+            return enclosed(span, self.spec)
+        return [self.prerolled.blended(span, blend) if blend else self.prerolled.get(span)]
 
     def answer(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
                where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None,
@@ -226,8 +228,8 @@ class CompressedRAG:
         Args:
             mode: what stands for the retrieved chunks: their spans, their text, the text truncated to the number of
                 positions that the spans take, or nothing.
-            blend: fraction of the slots of KV spans to compute anew, so that the chunks see each other (see
-                `Blended`); 0 leaves the spans independent.
+            blend: fraction of the slots of KV spans and of pre-rolled ones to compute anew, so that the chunks see
+                each other (see `Blended`); 0 leaves the spans independent.
             factor, slot_budget, share, min_retention: how the spans are read, see `ctxcomp_rag.reading.Reading`.
         """
         reading = Reading(factor, slot_budget, share, min_retention)
@@ -303,8 +305,8 @@ def prompt_parts(backbone: Backbone, question: str, contents: Sequence[Sequence[
 def blended(source: RetrievedSpan, fraction: float) -> list[Part]:
     """A retrieved KV span to be blended; raises InputError for a soft span."""
     if not isinstance(source.span, KVSpan):
-        raise InputError(f"only KV spans can be blended, and the span of chunk {source.chunk.id!r} is a "
-                         f"{source.span.kind} span; leave `blend` at 0")
+        raise InputError(f"only KV spans and pre-rolled ones can be blended, and the span of chunk {source.chunk.id!r} "
+                         f"is a {source.span.kind} span; leave `blend` at 0, or pass prerolled_bytes")
     return [Blended(source.span, source.chunk.text, fraction)]
 
 

@@ -105,6 +105,41 @@ def _why_not_movable(config: PretrainedConfig) -> str:
     return ""
 
 
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """A move of keys by some positions, to be applied to layer after layer.
+
+    Attributes:
+        cos: (..., num_slots, rotary_dim) float32, each half alike.
+        sin: (..., num_slots, rotary_dim / 2) float32.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def by(cls, shift: Tensor | int, num_slots: int, rope: RotaryPositions, device: torch.device) -> Rotation:
+        """By `shift` positions, an int or a tensor broadcastable to (..., num_slots)."""
+        shift = torch.as_tensor(shift, device=device)
+        # float64 angles: a shift of 1,000 positions in float32 is already off by 6e-5 rad
+        angle = shift.to(torch.float64)[..., None] * rope.inv_freq.to(device, torch.float64)
+        cos, sin = angle.cos().to(torch.float32), angle.sin().to(torch.float32)
+        # a row of its own for every slot: torch then multiplies whole slots, not halves one after the other
+        rows = torch.cat([cos, cos], dim=-1).expand(*shift.shape[:-1], num_slots, rope.rotary_dim)
+        return cls(rows.contiguous(), sin)
+
+    def __call__(self, keys: Tensor) -> Tensor:
+        """Moved keys (..., num_slots, head_dim) in their dtype; computed in float32."""
+        dim = self.cos.shape[-1]
+        half = dim // 2
+        rotated = keys[..., :dim].float()
+        made = rotated * self.cos
+        made[..., :half].addcmul_(rotated[..., half:], self.sin, value=-1)
+        made[..., half:].addcmul_(rotated[..., :half], self.sin)
+        made = made.to(keys.dtype)
+        return made if dim == keys.shape[-1] else torch.cat([made, keys[..., dim:]], dim=-1)
+
+
 def rotate_keys(keys: Tensor, shift: Tensor | int, rope: RotaryPositions) -> Tensor:
     """Keys moved by `shift` positions.
 
@@ -119,16 +154,4 @@ def rotate_keys(keys: Tensor, shift: Tensor | int, rope: RotaryPositions) -> Ten
     shift = torch.as_tensor(shift, device=keys.device)
     if not bool(shift.any()):
         return keys
-    # float64 angles: a shift of 1,000 positions in float32 is already off by 6e-5 rad
-    angle = shift.to(torch.float64)[..., None] * rope.inv_freq.to(keys.device, torch.float64)
-    cos, sin = angle.cos().to(torch.float32), angle.sin().to(torch.float32)
-    half, dim = rope.rotary_dim // 2, rope.rotary_dim
-    first, second = keys[..., :half].float(), keys[..., half:dim].float()
-    if keys.dtype != torch.float32:
-        moved = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return torch.cat([moved.to(keys.dtype), keys[..., dim:]], dim=-1)
-    made = torch.empty_like(keys, memory_format=torch.contiguous_format)
-    torch.mul(first, cos, out=made[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=made[..., half:dim]).addcmul_(first, sin)
-    made[..., dim:] = keys[..., dim:]
-    return made
+    return Rotation.by(shift, keys.shape[-2], rope, keys.device)(keys)

@@ -103,7 +103,7 @@ def test_spans_that_keep_every_token_and_are_blended_wholly_answer_as_the_text_d
 def test_soft_spans_are_not_blended() -> None:
     chunk = Chunk("d", "some text", 0, 9, 2)
     span = SoftSpan(chunk.id, 2, torch.arange(1), 1, torch.zeros(1, 8))
-    with pytest.raises(InputError, match=r"only KV spans can be blended, and the span of chunk .* is a soft span"):
+    with pytest.raises(InputError, match=r"only KV spans and pre-rolled ones can be blended, .* is a soft span"):
         blended(RetrievedSpan(chunk, span, 1.0), 0.2)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from ctxcomp_rag import CompressedRAG, Document, GenerationSettings
 from ctxcomp_rag.backbone import Backbone
@@ -64,6 +65,16 @@ def test_prerolled_spans_are_rolled_once_and_take_the_same_positions(rag: Compre
     assert answers[0].usage.positions == rag.answer(question, settings=SHORT).usage.positions
     assert rolled.prerolled is not None
     assert (rolled.prerolled.hits, rolled.prerolled.misses) == (3, 3)
+
+
+def test_prerolled_spans_computed_anew_as_a_whole_give_the_answer_of_the_spans(rag: CompressedRAG) -> None:
+    question = CORPUS[1].questions[0].question
+    rolled = CompressedRAG(rag.backbone, rag.memory, rag.encoder, prerolled_bytes=2**24)
+    sources = rag.retrieve(question)
+    expected = rag.decoder.logits(rag.prompt(question, sources))[-5:]
+    got = rolled.decoder.logits(rolled.prompt(question, sources, blend=1.0))[-5:]
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+    assert rolled.answer(question, settings=SHORT, blend=1.0).text == rag.answer(question, settings=SHORT).text
 
 
 def test_a_filter_limits_what_is_retrieved(rag: CompressedRAG) -> None:

@@ -13,7 +13,8 @@ from transformers import DynamicCache
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding.blend import additive_mask, blend
 from ctxcomp_rag.decoding.cache import keeps_all, new_cache
-from ctxcomp_rag.decoding.splice import BlendedRun, EmbeddedRun, SplicedPrompt
+from ctxcomp_rag.decoding.prefix import PrefixCache
+from ctxcomp_rag.decoding.splice import BlendedRun, CachedRun, EmbeddedRun, SplicedPrompt
 
 _ROOM_FOR_ANSWER = 64
 _LARGEST_MASK = 2**24  # elements
@@ -48,11 +49,16 @@ class DecodingState:
         self.cache.batch_select_indices(index)  # copies: what was cut off is freed
 
 
-def prefill(prompts: Sequence[SplicedPrompt], backbone: Backbone) -> DecodingState:
-    """Run prompts through the decoder; logits are computed for the last row of each only."""
-    if all(len(p.runs) == 1 for p in prompts):
+def prefill(prompts: Sequence[SplicedPrompt], backbone: Backbone,
+            prefixes: PrefixCache | None = None) -> DecodingState:
+    """Run prompts through the decoder; logits are computed for the last row of each only.
+
+    Args:
+        prefixes: of this decoder; for prompts that are read one by one.
+    """
+    if all(len(p.runs) == 1 for p in prompts) and (prefixes is None or len(prompts) > 1 or not prompts[0].head):
         return _prefill_together(prompts, backbone)
-    states = [_prefill_alone(p, backbone) for p in prompts]
+    states = [_prefill_alone(p, backbone, prefixes) for p in prompts]
     return states[0] if len(states) == 1 else merge(states, backbone)
 
 
@@ -116,11 +122,15 @@ def _forward(backbone: Backbone, embeds: Tensor, positions: Tensor, mask: Tensor
 
 
 def _read(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -> tuple[Tensor, DynamicCache]:
-    embedded = [run.embeds.shape[0] for run in prompt.runs if isinstance(run, EmbeddedRun)]
-    small = sum(embedded) * prompt.length <= _LARGEST_MASK
-    if len(embedded) > 1 and small and not any(isinstance(run, BlendedRun) for run in prompt.runs):
+    if _fits_one_pass(prompt):
         return read_at_once(prompt, backbone, keep_all=keep_all)
     return read_in_turn(prompt, backbone, keep_all=keep_all)
+
+
+def _fits_one_pass(prompt: SplicedPrompt) -> bool:
+    embedded = [run.embeds.shape[0] for run in prompt.runs if isinstance(run, EmbeddedRun)]
+    small = sum(embedded) * prompt.length <= _LARGEST_MASK
+    return len(embedded) > 1 and small and not any(isinstance(run, BlendedRun) for run in prompt.runs)
 
 
 def read_at_once(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -> tuple[Tensor, DynamicCache]:
@@ -147,8 +157,7 @@ def read_at_once(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -
             row_places.append(place)
             continue
         places.append(place)
-        for layer, (keys, values) in enumerate(zip(run.keys, run.values, strict=True)):
-            cache.update(keys[None], values[None], layer)
+        _append(run, cache)
     standing = torch.cat(row_places)
     visible = torch.cat([*places, standing]) <= standing[:, None]
     logits = _forward(backbone, torch.cat([run.embeds for run in rows])[None],
@@ -174,13 +183,22 @@ def read_in_turn(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -
             blend(run, cache, backbone)
         else:
             seen += run.keys.shape[2]
-            for layer, (keys, values) in enumerate(zip(run.keys, run.values, strict=True)):
-                cache.update(keys[None], values[None], layer)
+            _append(run, cache)
     return torch.cat(kept), cache
 
 
-def _prefill_alone(prompt: SplicedPrompt, backbone: Backbone) -> DecodingState:
+def _append(run: CachedRun, cache: DynamicCache) -> None:
+    for number in range(len(run.keys)):
+        keys, values = run.layer(number)
+        cache.update(keys[None], values[None], number)
+
+
+def _prefill_alone(prompt: SplicedPrompt, backbone: Backbone, prefixes: PrefixCache | None) -> DecodingState:
+    prompt = prefixes.begin(prompt) if prefixes is not None else prompt
     logits, cache = _read(prompt, backbone, keep_all=False)
+    if prefixes is not None and prompt.head:
+        stored = [run.keys.shape[2] for run in prompt.runs if isinstance(run, CachedRun)]
+        prefixes.keep(prompt, cache, sum(stored) if _fits_one_pass(prompt) else 0)
     mask = torch.ones(1, prompt.length, dtype=torch.long, device=backbone.device)
     return DecodingState(logits[-1:], cache, mask, torch.tensor([prompt.next_position], device=backbone.device))
 

@@ -13,6 +13,7 @@ from ctxcomp_rag.decoding.batching import all_logits
 from ctxcomp_rag.decoding.budget import BoundedPrompt, CacheBudget
 from ctxcomp_rag.decoding.generation import Generation, GenerationSettings, Progress, Sampler
 from ctxcomp_rag.decoding.loop import DecodingLoop, Request
+from ctxcomp_rag.decoding.prefix import PrefixCache
 from ctxcomp_rag.decoding.prompt import Part
 from ctxcomp_rag.decoding.splice import SplicedPrompt, lay_out, place, splice
 from ctxcomp_rag.errors import InputError
@@ -22,7 +23,8 @@ from ctxcomp_rag.kv.scores import ScoringRule
 class FrozenDecoder:
     """Generates from prompts whose parts are text, soft spans and KV spans in any order.
 
-    Thread-safe: no state is kept between calls, and parameters are never written to.
+    Thread-safe: nothing is kept between calls but the text that prompts begin with (`prefixes`), and parameters are
+    never written to.
 
     Args:
         backbone: the model.
@@ -42,6 +44,7 @@ class FrozenDecoder:
                  end_ids: Collection[int] = ()) -> None:
         self.backbone, self.cache_budget = backbone, cache_budget
         self.end_ids = frozenset(end_ids) or _end_ids(backbone)
+        self.prefixes = PrefixCache(backbone)
         self._budget = CacheBudget(backbone, cache_budget, cache_rule) if cache_budget is not None else None
 
     def splice(self, parts: Sequence[Part]) -> SplicedPrompt:
@@ -80,7 +83,7 @@ class FrozenDecoder:
         return self._run([self.request(parts, settings) for parts in prompts])
 
     def _run(self, requests: Sequence[Request]) -> list[Generation]:
-        loop = DecodingLoop(self.backbone)
+        loop = self.loop()
         loop.admit(requests)
         while loop.rows:
             loop.advance()
@@ -93,7 +96,7 @@ class FrozenDecoder:
         Runs in the consumer's thread: an exception reaches the consumer, and closing the iterator cancels.
         """
         request = self.request(parts, settings, question=question)
-        loop = DecodingLoop(self.backbone)
+        loop = self.loop()
         loop.admit([request])
         shown = 0
         while loop.rows:
@@ -104,6 +107,10 @@ class FrozenDecoder:
                 shown = len(settled)
         if request.error is not None:
             raise request.error
+
+    def loop(self) -> DecodingLoop:
+        """An empty loop for requests to this decoder."""
+        return DecodingLoop(self.backbone, self.prefixes)
 
     @torch.inference_mode()
     def request(self, parts: Sequence[Part], settings: GenerationSettings | None = None, *,

@@ -64,7 +64,7 @@ def generate_drafted(decoder: FrozenDecoder, parts: Sequence[Part], sources: Ite
     backbone, progress = decoder.backbone, request.progress
     texts = [piece.ids for piece in lay_out(parts, backbone).pieces if isinstance(piece, TextPiece)]
     texts += [text_ids(source, backbone.tokenizer) for source in sources]
-    state = prefill([request.prompt], backbone)
+    state = prefill([request.prompt], backbone, decoder.prefixes)
     drafting = keeps_all(state.cache)  # a layer that forgets cannot take a draft back
     passes = drafted = accepted = 0
     progress.accept(request.sampler.pick(state.logits[0]))

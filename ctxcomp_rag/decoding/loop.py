@@ -12,6 +12,7 @@ from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding.batching import DecodingState, merge, prefill, step
 from ctxcomp_rag.decoding.budget import BoundedPrompt
 from ctxcomp_rag.decoding.generation import Generation, Progress, Sampler
+from ctxcomp_rag.decoding.prefix import PrefixCache
 from ctxcomp_rag.decoding.splice import SplicedPrompt
 
 
@@ -35,10 +36,14 @@ class Request:
 
 
 class DecodingLoop:
-    """Rows that decode together. Not thread-safe: one thread owns a loop."""
+    """Rows that decode together. Not thread-safe: one thread owns a loop.
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    Args:
+        prefixes: what prompts of this decoder begin with, shared by its loops.
+    """
+
+    def __init__(self, backbone: Backbone, prefixes: PrefixCache | None = None) -> None:
+        self.backbone, self.prefixes = backbone, prefixes
         self._together: list[Request] = []  # row i of the state
         self._state: DecodingState | None = None
         self._alone: list[tuple[Request, BoundedPrompt]] = []
@@ -61,7 +66,7 @@ class DecodingLoop:
         bounded = [(r, r.prompt) for r in requests if isinstance(r.prompt, BoundedPrompt)]
         for _, prompt in bounded:
             prompt.prefill()
-        fresh = prefill([prompt for _, prompt in spliced], self.backbone) if spliced else None
+        fresh = prefill([prompt for _, prompt in spliced], self.backbone, self.prefixes) if spliced else None
         self.feed()
         if fresh is not None:
             self._state = fresh if self._state is None else merge([self._state, fresh], self.backbone)

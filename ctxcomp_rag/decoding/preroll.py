@@ -2,8 +2,8 @@
 
 A soft span saves positions, but its slots still go through every layer at each question. Rolled in advance, a span
 costs the decoder nothing at query time, at any compression factor, and its keys are rotated to wherever it stands. Its
-slots see each other and not what stands before them (as chunks in TurboRAG, arXiv 2410.07590): the price, to be
-measured, of being independent of the prompt.
+slots see each other and not what stands before them (mode `independent`, as chunks in TurboRAG, arXiv 2410.07590): the
+price of being independent of the prompt. Mode `blend` computes a fraction of them anew (`decoding.blend`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from cachetools import LFUCache, LRUCache
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding.batching import prefill
-from ctxcomp_rag.decoding.prompt import enclosed
-from ctxcomp_rag.decoding.splice import EmbeddedRun, splice
+from ctxcomp_rag.decoding.prompt import Blended, enclosed
+from ctxcomp_rag.decoding.splice import EmbeddedRun, SplicedPrompt, splice
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.rope import require_full_attention
 from ctxcomp_rag.spans import KVSpan, MemorySpan, SpanSpec
@@ -34,17 +34,27 @@ def preroll(span: MemorySpan, spec: SpanSpec, backbone: Backbone) -> KVSpan:
         UnsupportedModelError: the decoder has layers that do not keep all keys.
     """
     require_full_attention(backbone.config)
-    parts = enclosed(span, spec)
-    if isinstance(span, KVSpan) and len(parts) == 1:
+    if isinstance(span, KVSpan) and len(enclosed(span, spec)) == 1:
         return span
-    prompt = splice(parts, backbone)
-    run, *rest = prompt.runs
-    if rest or not isinstance(run, EmbeddedRun):
-        raise InputError("expected a soft span, got a KV span with delimiters; it needs no pre-rolling")
+    prompt, run = _rolled_from(span, spec, backbone)
     layers = prefill([prompt], backbone).cache.layers
     keys = torch.stack([layer.keys[0] for layer in layers])  # type: ignore[union-attr, index]
     values = torch.stack([layer.values[0] for layer in layers])  # type: ignore[union-attr, index]
     return KVSpan(span.chunk_id, span.num_source_tokens, run.positions.cpu(), prompt.next_position, keys, values)
+
+
+def blend_rolled(rolled: KVSpan, span: MemorySpan, spec: SpanSpec, backbone: Backbone, fraction: float) -> Blended:
+    """A pre-rolled span of which a fraction is computed anew; 1 is the soft span `span` that it was rolled from."""
+    return Blended(rolled, _rolled_from(span, spec, backbone)[1].embeds, fraction)
+
+
+def _rolled_from(span: MemorySpan, spec: SpanSpec, backbone: Backbone) -> tuple[SplicedPrompt, EmbeddedRun]:
+    """The prompt that is pre-rolled, and its rows."""
+    prompt = splice(enclosed(span, spec), backbone)
+    run, *rest = prompt.runs
+    if rest or not isinstance(run, EmbeddedRun):
+        raise InputError("expected a soft span, got a KV span with delimiters; it needs no pre-rolling")
+    return prompt, run
 
 
 class PrerolledSpans:
@@ -98,8 +108,13 @@ class PrerolledSpans:
         return made
 
 
+    def blended(self, span: MemorySpan, fraction: float) -> Blended:
+        """The soft span pre-rolled as by `get`, to be blended with what stands before it."""
+        return blend_rolled(self.get(span), span, self.spec, self.backbone, fraction)
+
+
 def _key(span: MemorySpan) -> tuple[str, int]:
     return span.chunk_id, span.num_slots  # a chunk's id names its text; another factor has other slots
 
 
-__all__ = ["PrerolledSpans", "preroll"]
+__all__ = ["PrerolledSpans", "blend_rolled", "preroll"]

@@ -53,16 +53,18 @@ class Blended:
     This needs slots that are one token each, in all layers and heads: a span that keeps every token, or one made by a
     rule on which the heads agree (nuc, streaming_llm); fraction 1 is then the prefill of the kept tokens. Slots whose
     heads hold different tokens (cap, infinipot) stand for a token at one position in one head and at another position
-    in the next; no forward pass makes that, and the splice refuses them.
+    in the next; no forward pass makes that, and the splice refuses them. A pre-rolled span has slots that are one row
+    each; fraction 1 is then the soft span it was rolled from.
 
     Attributes:
         span: the span as it is stored.
-        source: the text (or the token ids) it was made from; a span does not carry its tokens.
+        source: what it was made from, which a span does not carry: the text, its token ids, or the rows
+            (num_slots, hidden_size) that were rolled.
         fraction: of its slots to compute anew, 0 to 1, rounded up.
     """
 
     span: KVSpan
-    source: str | TokenIds
+    source: str | TokenIds | Tensor
     fraction: float
 
     def __post_init__(self) -> None:

@@ -299,7 +299,7 @@ class RequestScheduler:
                                      "max_waiting")
 
     def _work(self) -> None:
-        loop = DecodingLoop(self.decoder.backbone)
+        loop = self.decoder.loop()
         active: dict[Request, Ticket] = {}
         while True:
             with self._changed:
@@ -312,7 +312,7 @@ class RequestScheduler:
                 self._round(loop, active)
             except Exception as error:  # the cache may be half written: nobody goes on from it
                 _end_all(active, error)
-                loop = DecodingLoop(self.decoder.backbone)
+                loop = self.decoder.loop()
             self._decoding = len(active)
 
     def _round(self, loop: DecodingLoop, active: dict[Request, Ticket]) -> None:

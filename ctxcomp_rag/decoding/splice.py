@@ -16,7 +16,7 @@ from torch import Tensor
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding.prompt import Blended, Delimiter, Part, Text, TokenIds, text_ids
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError, PromptTooLongError
-from ctxcomp_rag.rope import require_full_attention, rotate_keys
+from ctxcomp_rag.rope import Rotation, require_full_attention
 from ctxcomp_rag.spans import KVSpan, SoftSpan
 
 
@@ -30,10 +30,24 @@ class EmbeddedRun:
 
 @dataclass(frozen=True, eq=False)
 class CachedRun:
-    """Entries that go straight to the cache: keys, values (num_layers, num_kv_heads, n, head_dim), in place."""
+    """Entries that go straight to the cache.
+
+    Attributes:
+        keys, values: (num_layers, num_kv_heads, n, head_dim), as they are stored.
+        rotation: moves the keys to where they stand; None where they stand there.
+    """
 
     keys: Tensor
     values: Tensor
+    rotation: Rotation | None = None
+
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys, where they stand, and values of one layer: (num_kv_heads, n, head_dim).
+
+        The cache takes a copy of each layer; all layers moved at once would be one more copy of the span.
+        """
+        keys = self.keys[number]
+        return (self.rotation(keys) if self.rotation is not None else keys), self.values[number]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +56,7 @@ class BlendedRun:
 
     Attributes:
         cached: the entries as they are stored, in place.
-        fresh: the embeddings of their tokens, at the same positions.
+        fresh: the rows they are computed from, at the same positions.
         num_fresh: how many are computed anew.
     """
 
@@ -75,11 +89,17 @@ class PromptUsage:
 
 @dataclass(frozen=True, eq=False)
 class SplicedPrompt:
-    """Decoder inputs of one prompt; `next_position` is where the first generated token stands."""
+    """Decoder inputs of one prompt.
+
+    Attributes:
+        next_position: where the first generated token stands.
+        head: ids of the text before the first span, the first rows of the first run; () where there is no span.
+    """
 
     runs: tuple[Run, ...]
     next_position: int
     usage: PromptUsage
+    head: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -115,10 +135,11 @@ class RowsPiece:
 
 @dataclass(frozen=True, eq=False)
 class EntriesPiece:
-    """A KV span; for a blended one the ids of its slots' tokens, and how many of them are computed anew."""
+    """A KV span; for a blended one the rows (num_slots, hidden_size) or the token ids of its slots, and how many of
+    them are computed anew."""
 
     span: KVSpan
-    ids: list[int] | None = None
+    source: Tensor | list[int] | None = None
     num_fresh: int = 0
 
     @property
@@ -174,7 +195,9 @@ def place(layout: Layout, backbone: Backbone) -> SplicedPrompt:
     builder = _Builder(backbone)
     for piece in layout.pieces:
         builder.add(piece)
-    return SplicedPrompt(builder.finish(), layout.num_positions, layout.usage)
+    first = layout.pieces[0]
+    head = tuple(first.ids) if isinstance(first, TextPiece) and len(layout.pieces) > 1 else ()
+    return SplicedPrompt(builder.finish(), layout.num_positions, layout.usage, head)
 
 
 class _Layout:
@@ -199,7 +222,7 @@ class _Layout:
         elif isinstance(part, Blended):
             self._check_entries(part.span)
             fresh = math.ceil(part.fraction * part.span.num_slots)
-            self.pieces.append(EntriesPiece(part.span, slot_ids(part, self.backbone), fresh))
+            self.pieces.append(EntriesPiece(part.span, slot_source(part, self.backbone), fresh))
             self.cached += part.span.num_slots - fresh
         elif isinstance(part, KVSpan):
             self._check_entries(part)
@@ -239,10 +262,19 @@ class _Layout:
                                                       self.cached))
 
 
-def slot_ids(part: Blended, backbone: Backbone) -> list[int]:
-    """Token ids of the slots of a span; raises InputError where a slot is not one token in all layers and heads."""
+def slot_source(part: Blended, backbone: Backbone) -> Tensor | list[int]:
+    """What the slots of a span are computed from, rows (num_slots, hidden_size) or token ids.
+
+    Raises InputError where a slot is not one row, or one token in all layers and heads.
+    """
     span, name = part.span, f"span {part.span.chunk_id!r}"
     source = part.source
+    if isinstance(source, Tensor):
+        if tuple(source.shape) != (span.num_slots, backbone.hidden_size):
+            raise InputError(f"{name} has {span.num_slots} slots, so it is blended from rows of shape "
+                             f"{(span.num_slots, backbone.hidden_size)}, got {tuple(source.shape)}; pass those that it "
+                             "was rolled from")
+        return source
     ids = list(source.ids) if isinstance(source, TokenIds) else text_ids(source, backbone.tokenizer)
     if len(ids) != span.num_source_tokens:
         raise InputError(f"{name} was made from {span.num_source_tokens} tokens, the source given to blend it has "
@@ -259,6 +291,7 @@ def slot_ids(part: Blended, backbone: Backbone) -> list[int]:
 class _Builder:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
+        self.device, self.dtype = backbone.device, backbone.dtype  # asking the model walks through its parameters
         self.runs: list[Run] = []
         self.rows: list[Tensor] = []
         self.places: list[Tensor] = []
@@ -268,7 +301,7 @@ class _Builder:
         if isinstance(piece, EntriesPiece):
             self._cached(piece)
         elif isinstance(piece, RowsPiece):
-            self.rows.append(piece.embeds.to(self.backbone.device, self.backbone.dtype))
+            self.rows.append(piece.embeds.to(self.device, self.dtype))
             self.places.append(piece.positions + self.next_position)
         else:
             self.rows.append(self.backbone.embed(torch.tensor(piece.ids)))
@@ -278,20 +311,21 @@ class _Builder:
     def _cached(self, piece: EntriesPiece) -> None:
         b, span = self.backbone, piece.span
         self._close_run()
-        keys = span.keys.to(b.device, b.dtype)  # first: keys stored in less are not rounded a second time
-        if self.next_position:
-            keys = rotate_keys(keys, self.next_position, b.rope)
-        run = CachedRun(keys, span.values.to(b.device, b.dtype))
+        keys = span.keys.to(self.device, self.dtype)  # first: keys stored in less are not rounded a second time
+        rotation = (Rotation.by(self.next_position, span.num_slots, b.rope, self.device) if self.next_position
+                    else None)
+        run = CachedRun(keys, span.values.to(self.device, self.dtype), rotation)
         # nothing before it, nothing to blend with: the span is already what it would become
-        if piece.ids is None or not piece.num_fresh or not self.runs:
+        if piece.source is None or not piece.num_fresh or not self.runs:
             self.runs.append(run)
             return
-        positions = (span.positions + self.next_position).to(b.device)
-        self.runs.append(BlendedRun(run, EmbeddedRun(b.embed(torch.tensor(piece.ids)), positions), piece.num_fresh))
+        rows = b.embed(torch.tensor(piece.source)) if isinstance(piece.source, list) else piece.source
+        positions = (span.positions + self.next_position).to(self.device)
+        self.runs.append(BlendedRun(run, EmbeddedRun(rows.to(self.device, self.dtype), positions), piece.num_fresh))
 
     def _close_run(self) -> None:
         if self.rows:
-            self.runs.append(EmbeddedRun(torch.cat(self.rows), torch.cat(self.places).to(self.backbone.device)))
+            self.runs.append(EmbeddedRun(torch.cat(self.rows), torch.cat(self.places).to(self.device)))
             self.rows, self.places = [], []
 
     def finish(self) -> tuple[Run, ...]:

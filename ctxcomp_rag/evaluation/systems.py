@@ -17,6 +17,7 @@ from ctxcomp_rag.decoding import (
     GenerationSettings,
     Part,
     TokenIds,
+    blend_rolled,
     enclosed,
     preroll,
     reconstruction_prompt,
@@ -62,6 +63,7 @@ class System:
         compressor: of the spans; None for the comparison's own.
         codec: how the spans are stored before they are read.
         extractor: (text, factor) -> shorter text.
+        blend: fraction of the slots of pre-rolled spans that is computed anew.
     """
 
     name: str
@@ -70,6 +72,7 @@ class System:
     compressor: Compressor | None = field(default=None, compare=False)
     codec: str = "exact"
     extractor: Callable[[str, float], str] | None = field(default=None, compare=False)
+    blend: float = 0.0
 
 
 @dataclass
@@ -112,8 +115,10 @@ def further_systems(compressors: Mapping[str, Compressor], factors: Sequence[flo
             *(System(f"extractive_{f:g}x", "extractive", f, extractor=extractor) for f in factors if extractor)]
 
 
-PREROLLED = System("4x_prerolled", "prerolled", 4.0)
-"""Not among the default systems: benchmarks add it, to see what a span that cannot see its prompt loses."""
+PREROLLED = (System("4x_prerolled", "prerolled", 4.0), *(
+    System(f"4x_prerolled_blend_{blend:.0%}", "prerolled", 4.0, blend=blend) for blend in (0.15, 0.5, 1.0)))
+"""Not among the default systems: benchmarks add them, to see what a span that cannot see its prompt loses, and how
+much of it a blend gives back."""
 
 
 class Comparison:
@@ -197,7 +202,9 @@ class Comparison:
         return [enclosed(s, spec) for s in self._made(system, chunks)]
 
     def _as_prerolled(self, system: System, chunks: Sequence[Chunk]) -> list[list[Part]]:
-        return [[preroll(s, self.compressor.spec, self.decoder.backbone)] for s in self._made(system, chunks)]
+        around = self.compressor.spec, self.decoder.backbone
+        rolled = [(preroll(s, *around), s) for s in self._made(system, chunks)]
+        return [[blend_rolled(r, s, *around, system.blend) if system.blend else r] for r, s in rolled]
 
     def _as_mixed(self, system: System, chunks: Sequence[Chunk]) -> list[list[Part]]:
         first: list[list[Part]] = [[c.text] for c in chunks[:1]]

@@ -13,6 +13,7 @@ from ctxcomp_rag.index.table_reader import Names, TableReader, names_in
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_INLINE, _PACKED, _DEDICATED = 0, 1, 2  # blobs in the data file (up to 64 KB), in a file with others, in their own
 
 class LanceReader(TableReader):
     """The rows of a Lance dataset, or of some of its fragments, as they are stored. `folder`: see `TableReader`."""
@@ -65,6 +66,16 @@ def panics_are_errors() -> Iterator[None]:
 def data_files(fragment: Any) -> list[str]:
     """Data files of a fragment, below the table."""
     return [f"data/{file.path}" for file in fragment.metadata.files]
+
+
+def blob_file(data_file: str, kind: int, blob_id: int) -> str | None:
+    """Where Lance keeps a blob of a data file, both below the table; None for a kind that only Lance can find."""
+    if kind == _INLINE:
+        return data_file
+    if kind not in (_PACKED, _DEDICATED):
+        return None
+    # a blob's file is named by its number in binary, lowest bit first
+    return f"{data_file.removesuffix('.lance')}/{f'{blob_id:032b}'[::-1]}.blob"
 
 
 def deletion_file(fragment: Any) -> str:

@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxcomp_rag.index.folder import TABLE
-from ctxcomp_rag.index.lance_reader import data_files, panics_are_errors
+from ctxcomp_rag.index.lance_reader import blob_file, data_files, panics_are_errors
 from ctxcomp_rag.index.rows import arrow_schema
 from ctxcomp_rag.index.span_cache import Place
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-# How Lance stores a blob: in the data file (up to 64 KB), with others in a file beside it, or alone in one
-_INLINE, _PACKED, _DEDICATED = 0, 1, 2
 
 
 def row_file(folder: Path, data_file: str) -> Path:
@@ -76,11 +73,5 @@ def _located_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def _place(blob: dict[str, Any], data_file: str) -> Place:
-    name = f"{TABLE}/{data_file}"
-    if blob["kind"] in (_PACKED, _DEDICATED):
-        bits = f"{blob['blob_id']:032b}"
-        # Lance names these files by the blob's number in binary, lowest bit first
-        name = f"{name.removesuffix('.lance')}/{bits[::-1]}.blob"
-    elif blob["kind"] != _INLINE:
-        name = ""
-    return Place(name, blob["position"], blob["size"])
+    file = blob_file(data_file, blob["kind"], blob["blob_id"])
+    return Place(f"{TABLE}/{file}" if file else "", blob["position"], blob["size"])

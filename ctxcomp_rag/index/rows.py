@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from isal.isal_zlib import crc32
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -99,9 +99,8 @@ def span_from_bytes(data: bytes, tables_of: Callable[[str], Tables] = _no_tables
         ValueError: these are not the bytes of a span.
     """
     try:
-        tensors = stored_tensors(data)
-        (length,) = struct.unpack_from("<Q", data)
-        about = json.loads(json.loads(bytes(memoryview(data)[8 : 8 + length]))["__metadata__"]["span"])
+        tensors, metadata = stored_tensors(data)
+        about = json.loads(metadata["span"])
         codec = codec_named(about.get("codec", EXACT.name))
         if "tables" in about:
             codec = codec.with_tables(tables_of(about["tables"]))
@@ -173,7 +172,7 @@ class Row:
     def checksum(self) -> int:
         """crc32 over every stored field: a flipped bit in the text or the vector is found like one in the span."""
         vector = self.vector.astype("<f4").tobytes()
-        return zlib.crc32(self.span, zlib.crc32(vector, self.text_crc))
+        return crc32(self.span, crc32(vector, self.text_crc))
 
     @cached_property
     def text_crc(self) -> int:
@@ -184,7 +183,7 @@ class Row:
 def text_checksum(chunk: Chunk, metadata: str, sizes: tuple[int, int]) -> int:
     """crc32 over what a span and a vector can be made from again: text, place, metadata, slots and source tokens."""
     numbers = (chunk.start, chunk.end, chunk.num_tokens, *sizes)
-    return zlib.crc32(json.dumps([chunk.id, chunk.document_id, chunk.text, metadata, numbers]).encode())
+    return crc32(json.dumps([chunk.id, chunk.document_id, chunk.text, metadata, numbers]).encode())
 
 
 def arrow_schema(vector_size: int) -> pa.Schema:

@@ -17,8 +17,10 @@ _DTYPES: Final = {
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def stored_tensors(data: Any) -> dict[str, Tensor]:
-    """Name -> tensor over the bytes of `data` (bytes or any buffer), which it keeps alive. Must not be written to.
+def stored_tensors(data: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(name -> tensor, the metadata of the file).
+
+    The tensors lie over the bytes of `data` (bytes or any buffer), which they keep alive. Must not be written to.
 
     Raises:
         ValueError: the file is cut short, or its header is not one.
@@ -33,23 +35,28 @@ def stored_tensors(data: Any) -> dict[str, Tensor]:
     if begin > buffer.size:
         raise ValueError(f"expected a header of {length} bytes, got {buffer.size - 8}")
     header = json.loads(bytes(memoryview(buffer)[8:begin]))
-    tensors: dict[str, Tensor] = {}
-    for name, about in header.items():
-        if name != "__metadata__":
-            first, last = about["data_offsets"]
-            dtype, shape = _DTYPES[about["dtype"]], about["shape"]
-            if not 0 <= first <= last <= buffer.size - begin or last - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"the tensor {name!r} of shape {shape} does not lie at {first} to {last}")
-            tensors[name] = _tensor(pa, buffer.slice(begin + first, last - first), dtype).view(shape)
-    return tensors
+    metadata: dict[str, str] = header.pop("__metadata__", {})
+    content = _over(pa, buffer.slice(begin))
+    return {name: _tensor(name, about, content) for name, about in header.items()}, metadata
 
 
-def _tensor(pa: Any, buffer: Any, dtype: torch.dtype) -> Tensor:
+def _tensor(name: str, about: Any, content: Tensor) -> Tensor:
+    """One tensor of a file's content (bytes,) uint8."""
+    first, last = about["data_offsets"]
+    dtype, shape = _DTYPES[about["dtype"]], about["shape"]
+    if not 0 <= first <= last <= content.numel() or last - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"the tensor {name!r} of shape {shape} does not lie at {first} to {last}")
+    flat = content[first:last]
+    aligned = not (first % dtype.itemsize or content.data_ptr() % dtype.itemsize)
+    return (flat if aligned else flat.clone()).view(dtype).view(shape)
+
+
+def _over(pa: Any, buffer: Any) -> Tensor:
     if not buffer.size:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=torch.uint8)
     # dlpack carries no read-only flag, which torch would warn about with every other way in
-    flat: Tensor = from_dlpack(pa.Array.from_buffers(pa.uint8(), buffer.size, [None, buffer]))
-    return (flat.clone() if buffer.address % dtype.itemsize else flat).view(dtype)
+    made: Tensor = from_dlpack(pa.Array.from_buffers(pa.uint8(), buffer.size, [None, buffer]))
+    return made
 
 
 __all__ = ["stored_tensors"]

@@ -18,7 +18,8 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
     """Newton-Schulz: pushes the singular values of each matrix of (n, rows, columns) to about 1."""
-    x = update / (update.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    size: Tensor = torch.linalg.matrix_norm(update, keepdim=True)
+    x = update / (size + 1e-7)
     transposed = x.shape[1] > x.shape[2]
     x = x.mT if transposed else x
     for _ in range(steps):
@@ -47,19 +48,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[tuple[torch.nn.Parameter, Tensor]]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape[p.shape].append(p)
-            for shape, params in by_shape.items():
+                    by_shape[p.shape].append((p, p.grad))
+            for shape, moved in by_shape.items():
                 buffers = []
-                for p in params:
+                for p, gradient in moved:
                     state = self.state[p]
                     if "momentum" not in state:
                         state["momentum"] = torch.zeros_like(p)
-                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                    buffers.append(torch.lerp(p.grad, state["momentum"], group["momentum"]))
+                    state["momentum"].lerp_(gradient, 1 - group["momentum"])
+                    buffers.append(torch.lerp(gradient, state["momentum"], group["momentum"]))
                 update = self.spread(orthogonalise, torch.stack(buffers))
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                for p, u in zip(params, update, strict=True):
+                for (p, _), u in zip(moved, update, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-rate)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ctxcomp_rag.backbone import Backbone
-from ctxcomp_rag.decoding import FrozenDecoder, Part, PrerolledSpans, TokenIds, enclosed, preroll
+from ctxcomp_rag.decoding import Blended, FrozenDecoder, Part, PrerolledSpans, TokenIds, blend_rolled, enclosed, preroll
 from ctxcomp_rag.errors import InputError, UnsupportedModelError
 from ctxcomp_rag.spans import SoftSpan, SpanSpec
 from tests.tiny_models import FULL_ATTENTION_ROPE, tiny_backbone
@@ -25,6 +25,11 @@ def spec(backbone: Backbone, delimiters: bool = True) -> SpanSpec:
     rows = torch.randn(2, 1, backbone.hidden_size, generator=torch.Generator().manual_seed(9))
     around = {"before": rows[0], "after": rows[1]} if delimiters else {}
     return SpanSpec("soft", backbone.fingerprint, "test", "spread", around)
+
+
+def prompt_of(*contents: list[Part]) -> list[Part]:
+    """[text][content] for each of the contents, and the question."""
+    return [*(part for content in contents for part in (TokenIds((3, 4, 5)), *content)), QUESTION]
 
 
 @pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
@@ -55,6 +60,35 @@ def test_anywhere_else_it_equals_one_pass_in_which_the_span_cannot_see_what_stan
                                   attention_mask=mask).logits[0, -10:]
     got = decoder.logits([before, preroll(span, layout, backbone), QUESTION])[-10:]
     torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", FULL_ATTENTION_ROPE)
+@pytest.mark.parametrize("delimiters", [True, False])
+def test_with_all_slots_computed_anew_they_are_the_soft_spans(name: str, delimiters: bool) -> None:
+    backbone = tiny_backbone(name)
+    first, second, layout = soft_span(backbone, 1), soft_span(backbone, 2), spec(backbone, delimiters)
+    decoder = FrozenDecoder(backbone)
+    expected = decoder.logits(prompt_of(*(enclosed(s, layout) for s in (first, second))))[-10:]
+    got, rolled = (
+        decoder.logits(prompt_of(*([blend_rolled(preroll(s, layout, backbone), s, layout, backbone, fraction)]
+                                   for s in (first, second))))[-10:] for fraction in (1.0, 0.0))
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
+    assert (rolled - expected).abs().max() > 1e-3
+
+
+def test_with_no_slot_computed_anew_they_are_independent() -> None:
+    backbone = tiny_backbone("llama")
+    span, layout, decoder = soft_span(backbone), spec(backbone), FrozenDecoder(backbone)
+    cache = PrerolledSpans(backbone, layout, 2**20)
+    assert decoder.logits(prompt_of([cache.blended(span, 0.0)])).equal(decoder.logits(prompt_of([cache.get(span)])))
+    assert (cache.misses, cache.hits) == (1, 1)
+
+
+def test_other_rows_than_those_it_was_rolled_from_are_refused() -> None:
+    backbone = tiny_backbone("llama")
+    rolled = preroll(soft_span(backbone), spec(backbone), backbone)
+    with pytest.raises(InputError, match=r"has 7 slots, so it is blended from rows of shape \(7, 32\), got \(5, 32\)"):
+        FrozenDecoder(backbone).logits(prompt_of([Blended(rolled, torch.zeros(5, backbone.hidden_size), 0.5)]))
 
 
 def test_a_kv_span_comes_back_unchanged() -> None:

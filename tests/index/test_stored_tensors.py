@@ -17,7 +17,8 @@ TENSORS = {"a": torch.arange(6, dtype=torch.float32).view(2, 3), "b": torch.tens
 def test_they_equal_those_of_safetensors_wherever_the_bytes_lie(shift: int) -> None:
     data = safetensors.torch.save(TENSORS, metadata={"about": "x"})
     within = memoryview(bytes(shift) + data)[shift:]
-    expected, got = safetensors.torch.load(data), stored_tensors(within)
+    expected, (got, metadata) = safetensors.torch.load(data), stored_tensors(within)
+    assert metadata == {"about": "x"}
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape)
@@ -26,7 +27,7 @@ def test_they_equal_those_of_safetensors_wherever_the_bytes_lie(shift: int) -> N
 
 def test_nothing_is_copied() -> None:
     data = bytearray(safetensors.torch.save({"a": torch.zeros(4)}))
-    tensor = stored_tensors(data)["a"]
+    tensor = stored_tensors(data)[0]["a"]
     data[-4:] = torch.ones(1).numpy().tobytes()
     assert tensor.tolist() == [0, 0, 0, 1]
 

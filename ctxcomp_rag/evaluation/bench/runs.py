@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, Part
-from ctxcomp_rag.decoding.loop import DecodingLoop, Request
+from ctxcomp_rag.decoding.loop import Request
 
 
 class Run(ABC):
@@ -51,7 +51,7 @@ class SplicedRun(Run):
         self.positions = self.request.prompt.usage.positions
 
     def first(self) -> None:
-        self.loop = DecodingLoop(self.decoder.backbone)
+        self.loop = self.decoder.loop()
         self.loop.admit([self.request])
         self.loop.advance()
 

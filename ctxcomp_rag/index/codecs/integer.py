@@ -29,7 +29,7 @@ class Int8(Codec):
         return {"codes": codes.to(torch.int8), "scale": scale}
 
     def decode(self, pieces: Mapping[str, Tensor], role: Role, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return (pieces["codes"].float() * pieces["scale"].float()).to(dtype)
+        return pieces["codes"].to(torch.float32).mul_(pieces["scale"].float()).to(dtype)
 
 
 class Int4(Codec):
