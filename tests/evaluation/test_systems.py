@@ -34,7 +34,7 @@ QUESTIONS = [Question("how?", ("so",), (chunk("the ship is in the harbour"), chu
 
 
 def test_every_system_takes_the_positions_that_its_name_says(comparison: Comparison) -> None:
-    usage = {s.name: [g.usage for g in comparison.ask(s, QUESTIONS)] for s in [*default_systems(), PREROLLED]}
+    usage = {s.name: [g.usage for g in comparison.ask(s, QUESTIONS)] for s in [*default_systems(), *PREROLLED]}
     base = [u.positions for u in usage["no_context"]]
     source = [sum(c.num_tokens for c in q.chunks) for q in QUESTIONS]
     separators = [2, 0]  # "\n\n" between two chunks
@@ -44,11 +44,20 @@ def test_every_system_takes_the_positions_that_its_name_says(comparison: Compari
         slots = [sum(-(-c.num_tokens // factor) for c in q.chunks) for q in QUESTIONS]
         assert [u.slots for u in usage[f"{factor}x"]] == slots
     assert [u.positions for u in usage["truncated_4x"]] == [u.positions for u in usage["4x"]]
-    assert [u.positions for u in usage["4x_prerolled"]] == [u.positions for u in usage["4x"]]
+    for system in PREROLLED:
+        assert [u.positions for u in usage[system.name]] == [u.positions for u in usage["4x"]]
+
+
+def test_prerolled_spans_blended_as_a_whole_answer_as_the_spans(comparison: Comparison) -> None:
+    spans, whole = default_systems()[1], PREROLLED[-1]
+    assert (spans.name, whole.blend) == ("4x", 1.0)
+    for question in QUESTIONS:
+        expected, got = (comparison.decoder.logits(comparison.prompt(s, question))[-3:] for s in (spans, whole))
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
 def test_answers_come_in_the_questions_order_and_equal_single_ones(comparison: Comparison) -> None:
-    for system in [*default_systems(), PREROLLED]:
+    for system in [*default_systems(), *PREROLLED]:
         together = comparison.ask(system, QUESTIONS)
         assert together == [comparison.ask(system, [q])[0] for q in QUESTIONS]
 
