@@ -38,7 +38,7 @@ class SpanPrecompress(TransformComponent):
 
     def __init__(self, index: MemoryIndex, compressor: Compressor, *, compression_factor: float | None = None) -> None:
         writer = SpanWriter(index, compressor, compression_factor)
-        fields: dict[str, Any] = {"encoder": compressor.spec.fingerprint, "store": str(index.path),
+        fields: dict[str, Any] = {"encoder": compressor.spec.fingerprint, "store": index.location,
                                   "compression_factor": compression_factor or compressor.compression_factor}
         super().__init__(**fields)
         self._writer = writer

@@ -118,8 +118,10 @@ class SpanVectorStore(BasePydanticVectorStore):
         """Note where the index is: the nodes are on the disk already."""
         path = _local(persist_path, fs)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({_POINTER: os.path.relpath(self._index.path, path.parent.absolute())}),
-                        encoding="utf-8")
+        where = self._index.location
+        if not _is_uri(where):
+            where = os.path.relpath(self._index.path, path.parent.absolute())
+        path.write_text(json.dumps({_POINTER: where}), encoding="utf-8")
 
     @classmethod
     def from_persist_path(cls, persist_path: str, fs: Any | None = None,
@@ -127,11 +129,11 @@ class SpanVectorStore(BasePydanticVectorStore):
         """Open what `persist` noted."""
         path = _local(persist_path, fs)
         try:
-            folder = json.loads(path.read_text(encoding="utf-8"))[_POINTER]
+            where = str(json.loads(path.read_text(encoding="utf-8"))[_POINTER])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"expected the note that SpanVectorStore.persist writes at {persist_path!r}, got: "
                              f"{type(error).__name__}; open the index with MemoryIndex.open(folder)") from error
-        return cls(MemoryIndex.open(path.parent / folder), compressor)
+        return cls(MemoryIndex.open(where if _is_uri(where) else path.parent / where), compressor)
 
     @classmethod
     def from_persist_dir(cls, persist_dir: str = DEFAULT_PERSIST_DIR, namespace: str = "default",
@@ -174,6 +176,10 @@ class SpanVectorStore(BasePydanticVectorStore):
         found = self._index.search_chunks(anything, len(self._index), where={NODE_ID: list(node_ids)})[0]
         own = sorted(set(node_ids) - self._index.missing(node_ids) - {chunk.id for chunk, _ in found})
         return [chunk for chunk, _ in found] + [s.chunk for s in self._index.get(own)]
+
+
+def _is_uri(where: str) -> bool:
+    return "://" in where
 
 
 def _local(path: str, fs: Any | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,12 @@ def test_what_was_stored_is_opened_again(filled: SpanVectorStore, setup: Setup, 
     assert len(again.client) == 7
     with pytest.raises(InputError, match=r"expected the note that SpanVectorStore.persist writes .* MemoryIndex.open"):
         SpanVectorStore.from_persist_path(str(tmp_path / "nothing.json"))
+
+
+def test_a_published_index_is_noted_by_its_uri(filled: SpanVectorStore, tmp_path: Path) -> None:
+    filled.client.location = "s3://bucket/kb"  # as MemoryIndex.open("s3://bucket/kb") has it
+    filled.persist(str(tmp_path / "store.json"))
+    assert json.loads((tmp_path / "store.json").read_text()) == {"ctxcomp_index": "s3://bucket/kb"}
 
 
 async def test_asynchronous_methods_do_the_same(empty: SpanVectorStore) -> None:
