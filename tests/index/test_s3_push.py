@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,11 @@ def test_only_objects_of_an_index_are_removed(index: MemoryIndex, uri: str, buck
     assert not [n for n in names(bucket) if "died" in n]
 
 
+def push_with(environment: dict[str, str], path: Path, uri: str) -> None:
+    os.environ.update(environment)  # the server that forks may have been started before there was an endpoint
+    push(path, uri)
+
+
 @pytest.mark.parametrize("where", ["spans.lance/data/", "spans.lance/_versions/", "index.json"])
 def test_a_push_that_is_killed_leaves_the_old_version_and_the_next_one_completes(
         where: str, index: MemoryIndex, uri: str, s3: S3Server, bucket: Any) -> None:
@@ -83,7 +89,7 @@ def test_a_push_that_is_killed_leaves_the_old_version_and_the_next_one_completes
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lance", "obstore", "faiss", "torch", "ctxcomp_rag.index.publish"])
     with s3.silent_to(lambda request: request.method == "PUT" and where in request.name):
-        process = context.Process(target=push, args=(index.path, uri))
+        process = context.Process(target=push_with, args=(dict(os.environ), index.path, uri))
         process.start()
         assert s3.stalled.wait(60)
         process.kill()
