@@ -1,6 +1,6 @@
 """Train the embedded decoder and its ICAE compressor from scratch. Resumable: run the same command again.
 
-Stages: `text` (language model + questions) -> `english` (for weights that read slots already: mostly SQuAD and
+Stages: `text` (language model + questions) -> `reading` (for weights that read slots already: mostly SQuAD and
 Wikipedia as text) -> `joint` (the same weights also read slots) -> `compressor` (decoder frozen, LoRA + memory token +
 [AE] go on). Each ends with a linear decay of the learning rate where the stage says so; checkpoints carry weights,
 optimizer state and the step, and data depend on (seed, step) only.
@@ -30,7 +30,7 @@ from torch import Tensor
 from ctxcomp_rag.evaluation.fictional import generate_document
 from ctxcomp_rag.training.muon import Muon
 
-STAGES = ("text", "english", "joint", "compressor")
+STAGES = ("text", "reading", "joint", "compressor")
 COMPRESSOR_RATE = 0.2  # learning rate of a compressor that only has to settle on the frozen decoder
 # Once the curriculum is over: how often a factor is drawn. English at 8x and beyond is out of this model's reach.
 FACTORS = {"fictional": {1: 5, 2: 10, 3: 5, 4: 40, 6: 5, 8: 25, 12: 3, 16: 7},
@@ -42,7 +42,7 @@ class Schedule:
     """Steps of each stage and where its learning rate starts to fall (share of the stage)."""
 
     text: int = 700
-    english: int = 0
+    reading: int = 0
     joint: int = 2900
     compressor: int = 500
     decay_from: float = 0.5
@@ -307,7 +307,7 @@ def draw_factor(rng: random.Random, source: str, progress: float, limit: float) 
 MIX = {"text": ({"fictional": 10}, {}, {"fictional": 4}),
        "joint": ({"fictional": 1, "squad": 3, "wiki": 1}, {"fictional": 5, "squad": 3, "wiki": 2},
                  {"fictional": 3, "squad": 1}),
-       "english": ({"fictional": 1, "squad": 8, "wiki": 2}, {"fictional": 2, "squad": 1}, {"fictional": 1}),
+       "reading": ({"fictional": 1, "squad": 8, "wiki": 2}, {"fictional": 2, "squad": 1}, {"fictional": 1}),
        "compressor": ({}, {"fictional": 5, "squad": 3, "wiki": 2}, {"fictional": 3, "squad": 1})}
 
 
@@ -455,7 +455,7 @@ def main() -> None:
         load(model, optimizers, checkpoint)
     elif args.init_from:
         load(model, None, args.init_from)
-        start_stage = "english"
+        start_stage = "reading"
     for stage in STAGES[STAGES.index(start_stage):]:
         if stage != start_stage or optimizers is None:
             optimizers = make_optimizers(model, stage, schedule)

@@ -122,6 +122,14 @@ def test_a_step_is_the_same_in_one_process_and_in_two() -> None:
     assert [float(x) for x in together[1:]] == pytest.approx([float(x) for x in alone[1:]], rel=1e-4)
 
 
+@pytest.mark.parametrize("script", ["train", "grow", "resume", "export"])
+def test_every_script_explains_itself(script: str) -> None:
+    done = subprocess.run([sys.executable, str(RECIPE / f"{script}.py"), "--help"], capture_output=True, text=True,
+                          check=False, env={**os.environ, "PYTHONPATH": str(RECIPE.parents[1])}, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
 def test_training_goes_on_from_the_released_folders(recipe: ModuleType) -> None:
     """Logits and slots of the training model are those of the embedded decoder and its compressor."""
     sys.path.insert(0, str(RECIPE))
