@@ -177,14 +177,14 @@ def _estimate(documents: Iterable[Document], model: str, compressor: str, factor
     from ctxcomp_rag.backbone import load_frozen
     from ctxcomp_rag.chunking import split_document
     from ctxcomp_rag.compressors import load_trained_compressor
-    from ctxcomp_rag.index.codecs import DEFAULT_CODECS, codec_named
+    from ctxcomp_rag.index.codecs import DEFAULT_CODEC, codec_named
     from ctxcomp_rag.index.rows import span_to_bytes
 
     quiet()
     backbone = load_frozen(model)
     maker = load_trained_compressor(compressor, backbone, budget)
     maker = maker.latent if latent else maker
-    stored = codec_named(codec or DEFAULT_CODECS[maker.spec.kind])
+    stored = codec_named(codec or DEFAULT_CODEC)
     share = 1.0  # of the exact bytes; what learns from an index's spans is not there yet, and counted as exact
     limit = maker.chunk_limit(chunk_tokens)
     result: dict[str, Any] = {"dry_run": True, "documents": 0, "chunks": 0, "source_tokens": 0, "slots": 0, "bytes": 0,

@@ -105,7 +105,7 @@ class CompressedRAG:
             budget: size of a chunk's span, for methods that need no training: "256slots", "64KiB" or "4x".
             latent: a new index holds the memory of the compressor's encoder, which every decoder with a converter for
                 it reads; an index that exists says itself what it holds.
-            codec: how a new index stores spans (see `ctxcomp_rag.index.codecs`, `DEFAULT_CODECS` by default).
+            codec: how a new index stores spans (see `ctxcomp_rag.index.codecs`, `DEFAULT_CODEC` by default).
             retention: measure what each span that is added retains (see `ctxcomp_rag.retention`).
             target_retention: give each chunk the fewest slots that retain this share of its facts.
         """

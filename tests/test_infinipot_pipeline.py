@@ -34,7 +34,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("index") / "kb"
-    with CompressedRAG.create(folder, model=model, compressor="infinipot", encoder=LetterCounts()) as rag:
+    with CompressedRAG.create(folder, model=model, compressor="infinipot", codec="exact",
+                              encoder=LetterCounts()) as rag:
         report = rag.index(DOCUMENTS)
         assert (report.documents, report.chunks, report.added) == (3, 3, 3)
         assert report.slots == pytest.approx(report.source_tokens / 4, abs=3)
@@ -114,7 +115,8 @@ def test_a_budget_for_a_folder_of_settings_is_refused(model: Path, tmp_path: Pat
 
 
 def test_a_budget_of_everything_answers_as_the_full_text_does(model: Path, tmp_path: Path) -> None:
-    with CompressedRAG.create(tmp_path / "kb", model=model, compressor="infinipot", encoder=LetterCounts()) as rag:
+    with CompressedRAG.create(tmp_path / "kb", model=model, compressor="infinipot", codec="exact",
+                              encoder=LetterCounts()) as rag:
         rag.index(DOCUMENTS[:1], factor=1.0)
         [source] = rag.retrieve("lighthouse", top_k=1)
         # the span stands first here, as it does not see what is before it: positions and attention are then the text's

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import CtxcompError, IndexDamagedError, IndexFolderError, InputError
-from ctxcomp_rag.index.codecs import DEFAULT_CODECS, Codec, codec_named
+from ctxcomp_rag.index.codecs import DEFAULT_CODEC, Codec, codec_named
 from ctxcomp_rag.index.folder import (
     DELIMITERS,
     TABLE,
@@ -84,8 +84,8 @@ class MemoryIndex(IndexReader):
         """Make an empty index in a new or empty folder of this machine.
 
         Args:
-            codec: "exact", or one of the codecs that store spans in fewer bytes at a stated error [default: that of
-                the kind of span, see `ctxcomp_rag.index.codecs.DEFAULT_CODECS`].
+            codec: "exact", or one of the codecs that store spans in fewer bytes at a stated error [default:
+                `ctxcomp_rag.index.codecs.DEFAULT_CODEC`].
 
         Raises:
             InputError: there is no such codec, vector_size is below 1, or the path is a URI.
@@ -93,7 +93,7 @@ class MemoryIndex(IndexReader):
         """
         require_folder(path)
         path = Path(path).absolute()
-        codec = codec_named(codec or DEFAULT_CODECS[spec.kind]).name
+        codec = codec_named(codec or DEFAULT_CODEC).name
         if vector_size < 1:
             raise InputError(f"expected vector_size of at least 1, got {vector_size}")
         if path.exists() and not path.is_dir():

@@ -94,7 +94,9 @@ class Offline:
         return self._store(span, SpanSpec("kv", self.backbone.fingerprint, "bench-full"), seconds)
 
     def _store(self, span: MemorySpan, spec: SpanSpec, seconds: float, of_floor: float | None = None) -> Stored:
-        index = MemoryIndex.create(self.folder / spec.compressor, spec, vector_size=1, retrieval_encoder="none")
+        # KV spans as they are: these are read without a copy
+        index = MemoryIndex.create(self.folder / spec.compressor, spec, vector_size=1, retrieval_encoder="none",
+                                   codec="exact" if spec.kind == "kv" else None)
         tokens = self.workload.chunk_tokens
         chunks = [Chunk("bench", f"chunk {n}", 8 * n, 8 * n + 7, tokens) for n in range(self.workload.chunks)]
         index.add(chunks, [replace(span, chunk_id=c.id) for c in chunks], np.ones((len(chunks), 1), np.float32),

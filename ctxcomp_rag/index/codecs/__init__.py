@@ -8,13 +8,12 @@ from ctxcomp_rag.index.codecs.integer import Int4, Int8
 from ctxcomp_rag.index.codecs.pca import PCA
 from ctxcomp_rag.index.codecs.pq import PQ1, PQ2, PQ4
 from ctxcomp_rag.index.codecs.rotated import Rotated2, Rotated3, Rotated4
-from ctxcomp_rag.spans import SpanKind
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (
     Exact(), Int8(), Float8(), Int4(), Rotated4(), Rotated3(), Rotated2(), PQ4(), PQ2(), PQ1())}
 """By name. Beside them "pca" with any rank, such as "pca96"."""
 
-DEFAULT_CODECS: dict[SpanKind, str] = {"soft": "int8", "latent": "int8", "kv": "exact"}
+DEFAULT_CODEC = "int8"
 """How a new index stores its spans unless it is told otherwise (measured: docs/codecs.md)."""
 
 
@@ -27,4 +26,4 @@ def codec_named(name: str) -> Codec:
     return codec
 
 
-__all__ = ["CODECS", "DEFAULT_CODECS", "PCA", "Codec", "Role", "Tables", "as_rows", "codec_named"]
+__all__ = ["CODECS", "DEFAULT_CODEC", "PCA", "Codec", "Role", "Tables", "as_rows", "codec_named"]
