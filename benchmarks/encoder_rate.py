@@ -10,7 +10,6 @@ LoRA): what the compressor does beyond them lowers its rate. The type is the one
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -18,23 +17,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctxcomp_rag.compressors.icae import ICAECompressor, ICAEConfig
-from ctxcomp_rag.evaluation.bench.clock import cpu_seconds, one_thread
+from ctxcomp_rag.evaluation.bench.clock import one_thread
+from ctxcomp_rag.evaluation.bench.offline import timed
 from ctxcomp_rag.evaluation.bench.shapes import load_shape
 from ctxcomp_rag.evaluation.provenance import write_result
 
 GEMM_SIZE = 2048
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = cpu_seconds()
-    work()
-    return cpu_seconds() - began
-
-
 def gemm_rate(dtype: torch.dtype, size: int = GEMM_SIZE) -> float:
     """FLOP/s of a product of two square matrices."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b)
+    return 2 * size**3 / timed(lambda: a @ b)[1]
 
 
 def faster_dtype() -> torch.dtype:
@@ -69,7 +63,7 @@ def main() -> None:
         compressor.encode(texts[:1])
         for _ in range(args.repeats):
             gemm.append(gemm_rate(dtype))
-            encoder.append(needed / seconds(lambda: compressor.encode(texts)))
+            encoder.append(needed / timed(lambda: compressor.encode(texts))[1])
     shares = [e / g for e, g in zip(encoder, gemm, strict=True)]
     result = {"shape": args.shape, "dtype": str(dtype).removeprefix("torch."), "factor": args.factor,
               "gemm_gflops": [round(g / 1e9, 1) for g in gemm], "encoder_gflops": [round(e / 1e9, 1) for e in encoder],

@@ -101,5 +101,5 @@ def _interpreters(given: list[str]) -> dict[str, Path]:
     pairs = [text.partition("=") for text in given]
     wrong = [name for name, equals, path in pairs if not equals or not path]
     if wrong:
-        raise InputError(f"expected --peer NAME=PYTHON, such as kvpress=/opt/kvpress/bin/python, got {wrong[0]!r}")
+        raise InputError(f"expected --peer NAME=PYTHON, such as kvpress=VENV/bin/python, got {wrong[0]!r}")
     return {name: Path(path) for name, _, path in pairs}

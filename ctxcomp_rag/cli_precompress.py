@@ -86,8 +86,8 @@ def precompress(
                                on_skip=lambda name, error: unread.update({name: str(error)}), on_position=position.set)
     if dry_run:
         if target_retention is not None:
-            raise InputError("a dry run compresses nothing, so it cannot know how many slots --target-retention takes; "
-                             "leave one of the two out")
+            raise InputError("a dry run compresses a first chunk at most, so it cannot know how many slots "
+                             "--target-retention takes; leave one of the two out")
         result = _estimate(documents, model, compressor, factor, budget, latent, codec, chunk_tokens, overlap_tokens,
                            on_error.value)
     else:

@@ -107,7 +107,6 @@ class PrerolledSpans:
                 self._kept[key] = made
         return made
 
-
     def blended(self, span: MemorySpan, fraction: float) -> Blended:
         """The soft span pre-rolled as by `get`, to be blended with what stands before it."""
         return blend_rolled(self.get(span), span, self.spec, self.backbone, fraction)

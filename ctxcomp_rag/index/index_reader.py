@@ -73,7 +73,6 @@ class IndexReader:
         """Number of the commit that this object reads. Every write raises it; no two states of a folder share one."""
         return self._table.version
 
-
     @property
     def is_writer(self) -> bool:
         """Whether this object holds the writer's lock: nobody else commits, so there is nothing to refresh."""
@@ -276,7 +275,6 @@ class IndexReader:
         except Exception as error:
             raise IndexDamagedError(f"expected readable data files in {self.location}, got: {error}. "
                                     f"Run verify() to see which chunks are concerned.") from error
-
 
 
 def vectors_for(path: Path, vector_size: int, table: TableReader, *, trust_snapshot: bool) -> tuple[VectorIndex, int]:

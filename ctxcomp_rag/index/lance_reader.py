@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _INLINE, _PACKED, _DEDICATED = 0, 1, 2  # blobs in the data file (up to 64 KB), in a file with others, in their own
 
+
 class LanceReader(TableReader):
     """The rows of a Lance dataset, or of some of its fragments, as they are stored. `folder`: see `TableReader`."""
 

@@ -5,7 +5,6 @@ The Lance version is the only commit point of an index. Rows are named by Lance'
 survive compaction and are never given out twice.
 """
 
-
 from __future__ import annotations
 
 import errno

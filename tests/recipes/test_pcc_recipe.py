@@ -24,13 +24,12 @@ TEXT = "The lamp of Varn is red. " * 20 + "Its keeper is called Osk."
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    added = [str(RECIPES / "pcc"), str(RECIPES / "embedded")]
     kept = sys.modules.pop("train", None)  # the other recipe's
-    sys.path[:0] = added
+    sys.path.insert(0, str(RECIPES / "pcc"))
     try:
         import train
     finally:
-        del sys.path[: len(added)]
+        sys.path.remove(str(RECIPES / "pcc"))
         sys.modules.pop("train", None)
         if kept is not None:
             sys.modules["train"] = kept
