@@ -32,8 +32,10 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Times that each row is run, in turn.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the token ids.")] = 0,
     peer: Annotated[list[str] | None, typer.Option(help="NAME=PYTHON: another project (kvpress, llmlingua, vllm, "
-                                                   "llama.cpp, openvino) and the interpreter that has it; may be "
-                                                   "repeated.")] = None,
+                                                   "llama.cpp, openvino, icae) and the interpreter that has it; "
+                                                   "may be repeated.")] = None,
+    checkout: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER: where the code of a peer lies that is no "
+                                                       "package (icae: a clone of getao/icae).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the growth with the chunks into this SVG or PNG.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     as_json: Json = False,
@@ -48,7 +50,8 @@ def bench(
 
     quiet()
     counts = _counts(chunks)
-    interpreters = _interpreters(peer or [])
+    interpreters = _named_paths("--peer", peer or [], "kvpress=VENV/bin/python")
+    checkouts = _named_paths("--checkout", checkout or [], "icae=FOLDER")
     if len(counts) > 1 and interpreters:
         raise InputError("--peer goes with one number of --chunks")
     if plot is not None and len(counts) == 1:
@@ -77,7 +80,8 @@ def bench(
                 if plot is not None:
                     growth.plot_growth(grown, plot, f"{shape}, chunks of {chunk_tokens} tokens, one thread, float32")
         else:
-            for results in run_rows(shape, names, workload, repeats, peers=interpreters, progress=advance):
+            for results in run_rows(shape, names, workload, repeats, peers=interpreters, checkouts=checkouts,
+                                    progress=advance):
                 whole, table = save({"repeats": results.repeats, "peers": dict(results.peers),
                                      "skipped": dict(results.skipped), "rows": report.as_json(results.rows)}), \
                     report.table(results.rows)
@@ -97,9 +101,9 @@ def _counts(text: str) -> list[int]:
         raise InputError(f"expected --chunks as a number, or numbers such as 2,5,10, got {text!r}") from error
 
 
-def _interpreters(given: list[str]) -> dict[str, Path]:
+def _named_paths(option: str, given: list[str], example: str) -> dict[str, Path]:
     pairs = [text.partition("=") for text in given]
     wrong = [name for name, equals, path in pairs if not equals or not path]
     if wrong:
-        raise InputError(f"expected --peer NAME=PYTHON, such as kvpress=VENV/bin/python, got {wrong[0]!r}")
+        raise InputError(f"expected {option} NAME=PATH, such as {example}, got {wrong[0]!r}")
     return {name: Path(path) for name, _, path in pairs}

@@ -26,7 +26,7 @@ class SpanFiles:
     """The spans of one version of a Lance table. Thread-safe."""
 
     def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+        self._dataset, self._folder = dataset, str(dataset.uri)
 
     @cached_property
     def _files(self) -> dict[int, str]:
@@ -34,7 +34,7 @@ class SpanFiles:
         return {f.fragment_id: data_files(f)[0] for f in self._dataset.get_fragments()}
 
     def read(self, addresses: Sequence[int], places: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Bytes of spans: bytes, or buffers that must not be written to.
+        """Bytes of spans, as buffers that must not be written to.
 
         Args:
             addresses: of the rows that hold them, as Lance counts.
@@ -54,12 +54,12 @@ class SpanFiles:
         if file is None:
             return None
         try:
-            return stretch(Path(self._dataset.uri) / file, place["position"], place["size"])
+            return stretch(f"{self._folder}/{file}", place["position"], place["size"])
         except (OSError, ValueError):  # Lance says what is wrong with it
             return None
 
 
-def stretch(file: Path, begin: int, size: int) -> bytes | memoryview:
+def stretch(file: str | Path, begin: int, size: int) -> bytearray | memoryview:
     """`size` bytes of a file from `begin` on. Many of them are mapped: they take no memory of this process.
 
     A mapping shows the file, so it is for files that nobody changes once they are written; one that is removed
@@ -72,9 +72,10 @@ def stretch(file: Path, begin: int, size: int) -> bytes | memoryview:
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if size < _MAPPED_FROM or sys.platform != "linux":
-            data = os.pread(descriptor, size, begin)
-            if len(data) < size:
-                raise ValueError(f"expected {size} bytes at {begin} of {file}, got {len(data)}")
+            data = bytearray(size)  # not bytes: torch takes only a buffer that can be written to as it is
+            read = os.preadv(descriptor, [data], begin)
+            if read < size:
+                raise ValueError(f"expected {size} bytes at {begin} of {file}, got {read}")
             return data
         skipped = begin % mmap.ALLOCATIONGRANULARITY
         # private: who writes to it by mistake gets pages of his own

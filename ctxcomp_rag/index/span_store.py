@@ -10,10 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError
@@ -21,11 +25,8 @@ from ctxcomp_rag.index.checksums import altered_files, record_checksums
 from ctxcomp_rag.index.folder import folder_bytes, fsync_all, fsync_path
 from ctxcomp_rag.index.lance_reader import LanceReader, data_files, deletion_file, panics_are_errors, row_filter
 from ctxcomp_rag.index.rows import Row, arrow_schema, intact_text, rows_to_arrow
-from ctxcomp_rag.index.span_files import SpanFiles
+from ctxcomp_rag.index.stored_rows import StoredRows
 from ctxcomp_rag.index.table_reader import TEXT_COLUMNS, WITHOUT_SPAN, Names
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 FILE_VERSION: Final = "2.2"
 _FILE_BYTES = 2**30  # compaction makes files of about this size
@@ -40,7 +41,7 @@ class SpanTable(LanceReader):
 
     def __init__(self, dataset: Any, names: Names | None = None, unreadable: Mapping[str, str] | None = None) -> None:
         super().__init__(dataset, Path(dataset.uri).parent)
-        self._spans = SpanFiles(dataset)
+        self._stored = StoredRows(dataset)
         self.unreadable |= unreadable or {}
         if self.unreadable:
             self._good = [f for f in dataset.get_fragments() if not set(data_files(f)) & set(self.unreadable)]
@@ -153,12 +154,13 @@ class SpanTable(LanceReader):
                 stacklevel=6,
             )
 
-    def _with_spans(self, columns: Sequence[str], row_ids: Sequence[int]) -> tuple[pa.Table, list[Any]]:
-        with panics_are_errors():
-            # a scan with a filter takes three times as long
-            table = self._dataset._take_rows(list(row_ids), [*columns, "_rowid", "_rowaddr", "span"])
-            spans = self._spans.read(table["_rowaddr"].to_pylist(), table["span"].to_pylist())
-        return table.drop_columns(["_rowaddr", "span"]), spans
+    def _whole_rows(self, row_ids: Sequence[int]) -> Iterator[tuple[dict[str, Any], NDArray[np.float32]]]:
+        return self._stored.read(row_ids)
+
+    def uncached(self) -> SpanTable:
+        again = copy(self)
+        again._stored = StoredRows(self._dataset)
+        return again
 
     def texts_of_unreadable(self) -> dict[str, list[tuple[Chunk, int]]]:
         found = {}

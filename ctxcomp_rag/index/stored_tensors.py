@@ -25,18 +25,16 @@ def stored_tensors(data: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: the file is cut short, or its header is not one.
     """
-    import pyarrow as pa
-
-    buffer = pa.py_buffer(data)
-    if buffer.size < 8:
-        raise ValueError(f"expected a safetensors file, got {buffer.size} bytes")
-    (length,) = struct.unpack_from("<Q", buffer)
+    view = memoryview(data)
+    if len(view) < 8:
+        raise ValueError(f"expected a safetensors file, got {len(view)} bytes")
+    (length,) = struct.unpack_from("<Q", view)
     begin = 8 + length
-    if begin > buffer.size:
-        raise ValueError(f"expected a header of {length} bytes, got {buffer.size - 8}")
-    header = json.loads(bytes(memoryview(buffer)[8:begin]))
+    if begin > len(view):
+        raise ValueError(f"expected a header of {length} bytes, got {len(view) - 8}")
+    header = json.loads(bytes(view[8:begin]))
     metadata: dict[str, str] = header.pop("__metadata__", {})
-    content = _over(pa, buffer.slice(begin))
+    content = _over(view[begin:])
     return {name: _tensor(name, about, content) for name, about in header.items()}, metadata
 
 
@@ -51,10 +49,15 @@ def _tensor(name: str, about: Any, content: Tensor) -> Tensor:
     return (flat if aligned else flat.clone()).view(dtype).view(shape)
 
 
-def _over(pa: Any, buffer: Any) -> Tensor:
-    if not buffer.size:
+def _over(view: memoryview) -> Tensor:
+    if not len(view):
         return torch.empty(0, dtype=torch.uint8)
+    if not view.readonly:
+        return torch.frombuffer(view, dtype=torch.uint8)
+    import pyarrow as pa
+
     # dlpack carries no read-only flag, which torch would warn about with every other way in
+    buffer = pa.py_buffer(view)
     made: Tensor = from_dlpack(pa.Array.from_buffers(pa.uint8(), buffer.size, [None, buffer]))
     return made
 

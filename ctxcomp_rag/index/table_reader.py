@@ -144,7 +144,7 @@ class TableReader(ABC):
     def read_chunks(self, row_ids: Sequence[int]) -> dict[int, Chunk]:
         """Row id -> chunk, without the spans and unchecked."""
         found: dict[int, Chunk] = {}
-        for batch in _batches(row_ids, 4096):
+        for batch in batches(row_ids, 4096):
             table = self._scan(CHUNK_COLUMNS, batch)
             found |= {row["_rowid"]: row_to_chunk(row) for row in table.to_pylist()}
         return found
@@ -173,17 +173,16 @@ class TableReader(ABC):
         return {row["_rowid"]: checked_bytes(row, vector, self.remedy) for row, vector in self._whole_rows(row_ids)}
 
     def _whole_rows(self, row_ids: Sequence[int]) -> Iterator[tuple[dict[str, Any], NDArray[np.float32]]]:
-        for batch in _batches(row_ids, ROWS_PER_READ):
+        """(columns with the span's bytes, vector) of those of the given rows that exist, unchecked."""
+        for batch in batches(row_ids, ROWS_PER_READ):
             table, spans = self._with_spans(WITHOUT_SPAN, batch)
-            vectors = table["vector"].combine_chunks()
-            flat = np.asarray(vectors.flatten() if len(table) else [], dtype=np.float32).reshape(len(table), -1)
-            rows = table.drop_columns(["vector"]).to_pylist()
-            yield from (({**row, "span": span}, vector) for row, span, vector in zip(rows, spans, flat, strict=True))
+            found = zip(table.drop_columns(["vector"]).to_pylist(), spans, vectors_of(table), strict=True)
+            yield from (({**row, "span": span}, vector) for row, span, vector in found)
 
     def read_settings(self, row_ids: Sequence[int]) -> dict[str, tuple[dict[str, Any], int]]:
         """Chunk id -> (metadata, number of slots), without texts, vectors and spans."""
         found: dict[str, tuple[dict[str, Any], int]] = {}
-        for batch in _batches(row_ids, 4096):
+        for batch in batches(row_ids, 4096):
             table = self._scan(["chunk_id", "metadata", "num_slots"], batch)
             found |= {r["chunk_id"]: (json.loads(r["metadata"]), r["num_slots"]) for r in table.to_pylist()}
         return found
@@ -211,7 +210,7 @@ class TableReader(ABC):
     def in_text_order(self, chunk_ids: Sequence[str]) -> list[str]:
         """The same chunk ids, sorted by where the chunks begin and end."""
         places: list[tuple[int, int, str]] = []
-        for batch in _batches([self.rows[c] for c in chunk_ids], 4096):
+        for batch in batches([self.rows[c] for c in chunk_ids], 4096):
             table = self._scan(["start", "end", "chunk_id"], batch)
             places += zip(*(table[name].to_pylist() for name in ("start", "end", "chunk_id")), strict=True)
         return [chunk_id for _, _, chunk_id in sorted(places)]
@@ -270,6 +269,13 @@ def names_in(table: pa.Table) -> Names:
     return Names.EMPTY.plus((chunk, document, row) for row, chunk, document in sorted(zip(*columns, strict=True)))
 
 
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def vectors_of(table: pa.Table) -> NDArray[np.float32]:
+    """(rows, vector_size) of the column `vector`."""
+    if not len(table):
+        return np.empty((0, 0), np.float32)
+    return np.asarray(table["vector"].combine_chunks().flatten(), dtype=np.float32).reshape(len(table), -1)
+
+
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]

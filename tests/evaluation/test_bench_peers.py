@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -61,7 +62,28 @@ def test_peers_that_cannot_run_say_why(tmp_path: Path) -> None:
         "llmlingua": "ModuleNotFoundError: No module named 'torch'",
         "llama.cpp": "ModuleNotFoundError: No module named 'llama_cpp'",
         "openvino": f"{tmp_path} does not start: Permission denied",
-        "vllm": "no interpreter given (--peer vllm=PYTHON)"}
+        "vllm": "no interpreter given (--peer vllm=PYTHON)", "icae": "no interpreter given (--peer icae=PYTHON)"}
+
+
+def test_a_peer_out_of_a_checkout_says_what_is_missing(tmp_path: Path) -> None:
+    given = {"icae": Path(sys.executable)}
+    _, skipped = start_peers(given, TINY, WORK)
+    assert skipped["icae"] == ("no checkout given (--checkout icae=FOLDER, a clone of https://github.com/getao/icae)")
+    _, skipped = start_peers(given, TINY, WORK, {"icae": tmp_path})
+    assert skipped["icae"].startswith("FileNotFoundError: expected a checkout of https://github.com/getao/icae, but "
+                                      f"there is no {tmp_path}")
+
+
+OFFICIAL = os.environ.get("CTXCOMP_ICAE_CHECKOUT")
+
+
+@pytest.mark.skipif(not OFFICIAL, reason="CTXCOMP_ICAE_CHECKOUT names no clone of https://github.com/getao/icae")
+def test_the_official_icae_code_compresses_and_answers_out_of_its_checkout() -> None:
+    with PeerProcess("icae", Path(sys.executable), TINY, WORK, checkout=Path(OFFICIAL or "")) as peer:
+        assert peer.rows == ("icae-official",)
+        timing = PeerRow("icae-official", peer).timed(3)
+    assert 0 < timing.ttft < timing.total
+    assert timing.positions == 3 * 4 + 1 + 4  # slots at 4x, [FT], the question
 
 
 def test_each_row_of_a_peer_is_asked_for_by_its_name(tmp_path: Path) -> None:

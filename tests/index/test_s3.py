@@ -164,7 +164,7 @@ def test_the_span_cache_stays_within_its_bytes_and_keeps_what_is_read_often() ->
     assert len(asked) == 21
     cache.forget([often])
     assert len(cache.read([often, Place("too large", 0, 101)])[1]) == 101
-    assert cache._known.currsize <= 100
+    assert cache._cache._kept.currsize <= 100
     cache.read([Place("too large", 0, 101)])
     assert [p.object for p in asked[21:]] == ["often", "too large", "too large"]
 

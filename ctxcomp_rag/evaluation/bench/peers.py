@@ -15,7 +15,10 @@ from ctxcomp_rag.errors import CtxcompError
 from ctxcomp_rag.evaluation.bench.clock import Timing
 from ctxcomp_rag.evaluation.bench.workload import Workload
 
-PEERS: Final = ("kvpress", "llmlingua", "vllm", "llama.cpp", "openvino")
+CHECKOUTS: Final = {"icae": "https://github.com/getao/icae"}
+"""Peers that are no package: name -> repository."""
+
+PEERS: Final = ("kvpress", "llmlingua", "vllm", "llama.cpp", "openvino", *CHECKOUTS)
 _FOLDER = Path(__file__).parent
 
 
@@ -35,13 +38,17 @@ class PeerProcess:
         PeerSkippedError: its interpreter or a package is missing, or it failed while it started.
     """
 
-    def __init__(self, name: str, python: Path, config: Mapping[str, Any], workload: Workload, factor: int = 4) -> None:
+    def __init__(self, name: str, python: Path, config: Mapping[str, Any], workload: Workload, factor: int = 4,
+                 checkout: Path | None = None) -> None:
         self.name = name
+        if name in CHECKOUTS and checkout is None:
+            raise PeerSkippedError(f"no checkout given (--checkout {name}=FOLDER, a clone of {CHECKOUTS[name]})")
         if not python.exists():
             raise PeerSkippedError(f"there is no interpreter at {python}")
         vocabulary = int(config["vocab_size"])
         task = {"config": dict(config), "chunks": workload.chunk_ids(vocabulary), "factor": factor,
-                "question": workload.question_ids(vocabulary), "new_tokens": workload.new_tokens}
+                "question": workload.question_ids(vocabulary), "new_tokens": workload.new_tokens,
+                "checkout": str(checkout)}
         self._errors = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115 - open until `close`
         try:
             self._process = subprocess.Popen([str(python), "-m", "peer_drivers", name], text=True,
@@ -107,9 +114,9 @@ class PeerRow:
         return Timing(assemble=0.0, new_tokens=new_tokens, **self.process.ask({"row": self.name}))
 
 
-def start_peers(interpreters: Mapping[str, Path], config: Mapping[str, Any],
-                workload: Workload) -> tuple[list[PeerProcess], dict[str, str]]:
-    """The peers that run, and why the others do not."""
+def start_peers(interpreters: Mapping[str, Path], config: Mapping[str, Any], workload: Workload,
+                checkouts: Mapping[str, Path] | None = None) -> tuple[list[PeerProcess], dict[str, str]]:
+    """The peers that run, and why the others do not. `checkouts`: folders of those in CHECKOUTS, by name."""
     running: list[PeerProcess] = []
     skipped: dict[str, str] = {}
     for name in PEERS:
@@ -117,7 +124,8 @@ def start_peers(interpreters: Mapping[str, Path], config: Mapping[str, Any],
             skipped[name] = f"no interpreter given (--peer {name}=PYTHON)"
             continue
         try:
-            running.append(PeerProcess(name, interpreters[name], config, workload))
+            running.append(PeerProcess(name, interpreters[name], config, workload,
+                                       checkout=(checkouts or {}).get(name)))
         except PeerSkippedError as error:
             skipped[name] = str(error)
     return running, skipped

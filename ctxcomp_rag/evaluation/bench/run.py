@@ -12,7 +12,7 @@ from typing import Any
 from ctxcomp_rag.decoding import FrozenDecoder
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.bench.clock import one_thread
-from ctxcomp_rag.evaluation.bench.peers import PEERS, PeerRow, start_peers
+from ctxcomp_rag.evaluation.bench.peers import CHECKOUTS, PEERS, PeerRow, start_peers
 from ctxcomp_rag.evaluation.bench.report import Progress, RowResult, measure
 from ctxcomp_rag.evaluation.bench.rows import LIMIT, RAW, Rows
 from ctxcomp_rag.evaluation.bench.shapes import SHAPES, load_shape, shape_config
@@ -35,19 +35,21 @@ class Results:
 
 
 def run_rows(shape: str, names: Sequence[str], workload: Workload, repeats: int, *,
-             peers: Mapping[str, Path] | None = None, progress: Progress = lambda name: None) -> Iterator[Results]:
+             peers: Mapping[str, Path] | None = None, checkouts: Mapping[str, Path] | None = None,
+             progress: Progress = lambda name: None) -> Iterator[Results]:
     """Measure the named rows beside raw text and the question alone, on one thread from here on.
 
     Yields the results so far after each repeat.
 
     Args:
         peers: name of a peer -> its interpreter. They read random weights of the shape.
+        checkouts: name of a peer that is no package -> the folder with its code.
 
     Raises:
         InputError: no such row, shape or peer.
     """
     one_thread()
-    unknown = set(peers or {}) - set(PEERS)
+    unknown = (set(peers or {}) - set(PEERS)) | (set(checkouts or {}) - set(CHECKOUTS))
     if unknown or (peers and shape not in SHAPES):
         raise InputError(f"expected a peer of {', '.join(PEERS)} and a shape of {', '.join(SHAPES)}, got "
                          f"{', '.join(sorted(unknown)) or 'the model ' + shape}")
@@ -58,7 +60,7 @@ def run_rows(shape: str, names: Sequence[str], workload: Workload, repeats: int,
         for name in dict.fromkeys([RAW, *names, LIMIT]):
             progress(f"make {name}")
             rows.append(makes.row(name))
-        started, skipped = start_peers(peers or {}, shape_config(shape) if peers else {}, workload)
+        started, skipped = start_peers(peers or {}, shape_config(shape) if peers else {}, workload, checkouts)
         for peer in started:
             running.enter_context(peer)
             rows += [PeerRow(name, peer) for name in peer.rows]

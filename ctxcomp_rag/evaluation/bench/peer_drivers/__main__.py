@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import version
 from typing import Any
 
+from .icae import OfficialICAE
 from .llama_cpp import LlamaCpp
 from .online import KVPress, LLMLingua2
 from .openvino import OpenVINO
@@ -15,7 +16,7 @@ from .peer import Peer
 from .vllm import VLLM
 
 PEERS: dict[str, type[Peer]] = {"kvpress": KVPress, "llmlingua": LLMLingua2, "llama.cpp": LlamaCpp,
-                                "openvino": OpenVINO, "vllm": VLLM}
+                                "openvino": OpenVINO, "vllm": VLLM, "icae": OfficialICAE}
 
 
 def main() -> None:
