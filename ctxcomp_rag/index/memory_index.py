@@ -30,12 +30,8 @@ from ctxcomp_rag.index.object_store import object_uri, require_folder
 from ctxcomp_rag.index.pins import pinned_versions
 from ctxcomp_rag.index.publish import PushReport, publish
 from ctxcomp_rag.index.rows import Row, codec_for
-from ctxcomp_rag.index.span_store import (
-    SpanTable,
-    manifest_files,
-    remove_torn_manifests,
-    set_aside_torn_manifests,
-)
+from ctxcomp_rag.index.span_store import SpanTable, set_aside_torn_manifests
+from ctxcomp_rag.index.table_files import manifest_files, remove_torn_manifests
 from ctxcomp_rag.index.table_reader import TableReader
 from ctxcomp_rag.index.tables import read_tables, write_tables
 from ctxcomp_rag.index.vectors import CURRENT, VectorIndex

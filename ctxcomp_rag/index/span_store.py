@@ -8,7 +8,6 @@ survive compaction and are never given out twice.
 from __future__ import annotations
 
 import errno
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -21,16 +20,16 @@ from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.errors import IndexDamagedError
-from ctxcomp_rag.index.checksums import altered_files, record_checksums
+from ctxcomp_rag.index.checksums import altered_files
 from ctxcomp_rag.index.folder import folder_bytes, fsync_all, fsync_path
 from ctxcomp_rag.index.lance_reader import LanceReader, data_files, deletion_file, panics_are_errors, row_filter
 from ctxcomp_rag.index.rows import Row, arrow_schema, intact_text, rows_to_arrow
 from ctxcomp_rag.index.stored_rows import StoredRows
+from ctxcomp_rag.index.table_files import DATA, DELETIONS, VERSIONS, TableChange, listing, manifest_files, remove_but
 from ctxcomp_rag.index.table_reader import TEXT_COLUMNS, WITHOUT_SPAN, Names
 
 FILE_VERSION: Final = "2.2"
 _FILE_BYTES = 2**30  # compaction makes files of about this size
-_DELETIONS = "_deletions/"
 
 
 class SpanTable(LanceReader):
@@ -102,7 +101,7 @@ class SpanTable(LanceReader):
         unreadable = {file: reason for fragment in dataset.get_fragments() for file in data_files(fragment)
                       for reason in [doubtful.get(deletion_file(fragment))] if reason is not None}
         table = cls(dataset, None, unreadable)
-        table.altered = any(version == table.version and f"_versions/{file.name}" in altered
+        table.altered = any(version == table.version and f"{VERSIONS}/{file.name}" in altered
                             for version, file in manifest_files(path))
         for what in [*unreadable.values(), *(["its manifest is not what was written"] if table.altered else [])]:
             warnings.warn(f"{path}: {what}: chunks may be missing. Run verify(), then compress the missing documents "
@@ -165,7 +164,7 @@ class SpanTable(LanceReader):
     def texts_of_unreadable(self) -> dict[str, list[tuple[Chunk, int]]]:
         found = {}
         for fragment in self._unreadable_fragments():
-            if self.unreadable[data_files(fragment)[0]].startswith(_DELETIONS):
+            if self.unreadable[data_files(fragment)[0]].startswith(DELETIONS):
                 continue  # which of its rows are deleted is not known
             try:
                 with panics_are_errors():
@@ -183,10 +182,10 @@ class SpanTable(LanceReader):
         for fragment in self._dataset.get_fragments():
             for name in data_files(fragment):
                 beside = (self.path / name).with_suffix("")  # spans above 64 KB
-                names += [name, *(p.relative_to(self.path).as_posix() for p in _listing(beside))]
+                names += [name, *(p.relative_to(self.path).as_posix() for p in listing(beside))]
             names += filter(None, [deletion_file(fragment)])
         (manifest,) = (file for version, file in manifest_files(self.path) if version == self.version)
-        return [*names, f"_versions/{manifest.name}"]
+        return [*names, f"{VERSIONS}/{manifest.name}"]
 
     def _unreadable_fragments(self) -> list[Any]:
         return [f for f in self._dataset.get_fragments() if set(data_files(f)) & set(self.unreadable)]
@@ -225,26 +224,20 @@ class SpanTable(LanceReader):
         import lance
         from lance.fragment import write_fragments
 
-        folders = ("data", "_deletions", "_versions", "_transactions")
-        before = {name: set(_listing(self.path / name)) for name in folders}
+        change = TableChange(self.path)
         # an index of an earlier version has no column for the text's checksum
         table = rows_to_arrow(rows, vector_size).select(self._dataset.schema.names)
         try:
             fragments = write_fragments(table, self._dataset, mode="append", data_storage_version=FILE_VERSION,
                                         enable_stable_row_ids=True)
-            change = operation(fragments)
-            # Lance does not fsync: the data has to be on the disk before the manifest that names it
-            _fsync_new(self.path, before)
-            _require_whole(self.path / "data", before["data"], fragments, sum(len(row.span) for row in rows))
-            dataset = lance.LanceDataset.commit(self._dataset, change, read_version=self.version)
+            to_commit = operation(fragments)
+            change.fsync()
+            change.require_whole(fragments, sum(len(row.span) for row in rows))
+            dataset = lance.LanceDataset.commit(self._dataset, to_commit, read_version=self.version)
         except BaseException:
-            # not where the commit itself may have happened: then the new files are the table
-            if set(_listing(self.path / "_versions")) == before["_versions"]:
-                _remove_new(self.path / "data", before["data"])
-                _remove_new(self.path / "_deletions", before["_deletions"])
+            change.withdraw()
             raise
-        _fsync_new(self.path, before)
-        _record(self.path, before)
+        change.committed()
         known = {f.fragment_id for f in self._dataset.get_fragments()}
         new = [f for f in dataset.get_fragments() if f.fragment_id not in known]
         names = SpanTable(dataset, Names.EMPTY)._names_in(new)
@@ -256,23 +249,21 @@ class SpanTable(LanceReader):
         """One commit without these rows. The bytes stay on the disk until `compact`."""
         import lance
 
-        before = {name: set(_listing(self.path / name)) for name in ("_deletions", "_versions", "_transactions")}
+        change = TableChange(self.path)
         dataset = lance.dataset(str(self.path), version=self.version)
         dataset.delete(row_filter(row_ids))
-        _fsync_new(self.path, before)
-        _record(self.path, before)
+        change.committed()
         return SpanTable(dataset, self._names.minus(set(row_ids)), self.unreadable)
 
     def drop_unreadable(self) -> SpanTable:
         """One commit without the data files that cannot be read."""
         import lance
 
-        before = {name: set(_listing(self.path / name)) for name in ("_deletions", "_versions", "_transactions")}
+        change = TableChange(self.path)
         bad = [f.fragment_id for f in self._unreadable_fragments()]
         operation = lance.LanceOperation.Delete([], bad, "unreadable data files")
         dataset = lance.LanceDataset.commit(self._dataset, operation, read_version=self.version)
-        _fsync_new(self.path, before)
-        _record(self.path, before)
+        change.committed()
         return SpanTable(dataset)
 
     def compact(self) -> SpanTable:
@@ -280,24 +271,22 @@ class SpanTable(LanceReader):
         import lance
         from lance.optimize import Compaction
 
-        names = ("data", "_deletions", "_versions", "_transactions")
-        before = {name: set(_listing(self.path / name)) for name in names}
+        change = TableChange(self.path)
         dataset = lance.dataset(str(self.path))
         # files that have grown large enough are not written again, so that regular compaction stays affordable
-        row_bytes = max(1, folder_bytes(self.path / "data") // max(1, len(self.rows)))
+        row_bytes = max(1, folder_bytes(self.path / DATA) // max(1, len(self.rows)))
         rows_per_file = min(max(_FILE_BYTES // row_bytes, 256), 2**20)
         plan = Compaction.plan(dataset, {"target_rows_per_fragment": rows_per_file,
                                          "materialize_deletions_threshold": 0.0})
         try:
             done = [task.execute(dataset) for task in plan.tasks]
-            _fsync_new(self.path, before)
+            change.fsync()
         except BaseException:
-            _remove_new(self.path / "data", before["data"])
+            change.withdraw()
             raise
         if done:
             Compaction.commit(dataset, done)
-            _fsync_new(self.path, before)
-            _record(self.path, before)
+            change.committed()
         return SpanTable(lance.dataset(str(self.path)))
 
     def remove_old_versions(self, keep: Iterable[int] = ()) -> None:
@@ -316,8 +305,8 @@ class SpanTable(LanceReader):
             return
         self._dataset.cleanup_old_versions(older_than=timedelta(0), **options)
         mine = {Path(name).stem for fragment in self._dataset.get_fragments() for name in data_files(fragment)}
-        _remove_new(self.path / "data", {p for p in _listing(self.path / "data") if p.stem in mine})
-        strays = [p.name for p in _listing(self.path / "data") if p.stem not in mine]
+        remove_but(self.path / DATA, {p for p in listing(self.path / DATA) if p.stem in mine})
+        strays = [p.name for p in listing(self.path / DATA) if p.stem not in mine]
         if strays:
             raise OSError(errno.EBUSY, f"files of older versions could not be removed: {', '.join(strays)}")
 
@@ -336,7 +325,7 @@ def _is_usable(path: Path, latest: Path) -> bool:
     """Whether the latest manifest can be opened and, where it is not what was written, its table read all the same."""
     try:
         dataset = _open_dataset(path)
-        if f"_versions/{latest.name}" in altered_files(path):
+        if f"{VERSIONS}/{latest.name}" in altered_files(path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 SpanTable._checked(dataset)
@@ -347,16 +336,6 @@ def _is_usable(path: Path, latest: Path) -> bool:
 
 def _reason(error: BaseException) -> str:
     return str(error).split(", /")[0].strip()
-
-
-def manifest_files(path: Path) -> list[tuple[int, Path]]:
-    """(version, manifest), newest first. Lance names them by 2^64 - 1 - version, so that the newest sorts first."""
-    found = []
-    for file in _listing(path / "_versions"):
-        if file.suffix == ".manifest" and file.stem.isdigit():
-            number = int(file.stem)
-            found.append((2**64 - 1 - number if len(file.stem) == 20 else number, file))
-    return sorted(found, reverse=True)
 
 
 def set_aside_torn_manifests(path: Path) -> list[Path]:
@@ -371,53 +350,5 @@ def set_aside_torn_manifests(path: Path) -> list[Path]:
             break
         moved.append(file.rename(path.parent / f"torn-{version}.manifest"))
     if moved:
-        fsync_path(path / "_versions")
+        fsync_path(path / VERSIONS)
     return moved
-
-
-def remove_torn_manifests(folder: Path) -> None:
-    """Remove what `set_aside_torn_manifests` moved to the index folder."""
-    for file in folder.glob("torn-*.manifest"):
-        file.unlink(missing_ok=True)
-
-
-def _listing(folder: Path) -> list[Path]:
-    return [Path(entry.path) for entry in os.scandir(folder)] if folder.is_dir() else []
-
-
-def _fsync_new(table: Path, before: Mapping[str, set[Path]]) -> None:
-    for name, known in before.items():
-        folder = table / name
-        if not folder.is_dir():
-            continue
-        for new in set(_listing(folder)) - known:
-            inside = _listing(new) if new.is_dir() else []  # spans above 64 KB lie in a folder beside their data file
-            fsync_all([*inside, new])
-        fsync_path(folder)
-    fsync_path(table)
-
-
-def _record(table: Path, before: Mapping[str, set[Path]]) -> None:
-    record_checksums(table, set().union(*before.values()))
-
-
-def _require_whole(folder: Path, before: set[Path], fragments: Sequence[Any], span_bytes: int) -> None:
-    """Raises OSError where files are shorter than what was written: on a full disk Lance does not always say so."""
-    for fragment in fragments:
-        for file in fragment.files:
-            stated, found = file.file_size_bytes, (folder / file.path).stat().st_size
-            if stated is not None and stated != found:
-                raise OSError(errno.EIO, f"{file.path} has {found} bytes instead of {stated}")
-    new = set(_listing(folder)) - before
-    total = sum(folder_bytes(path) if path.is_dir() else path.stat().st_size for path in new)
-    if total < span_bytes:
-        raise OSError(errno.EIO, f"{total} bytes were written instead of at least {span_bytes}")
-
-
-def _remove_new(folder: Path, known: set[Path]) -> None:
-    for new in set(_listing(folder)) - known:
-        for file in [*(_listing(new) if new.is_dir() else []), new]:
-            try:
-                file.rmdir() if file.is_dir() else file.unlink()
-            except OSError:
-                continue  # compact() removes it
