@@ -7,6 +7,7 @@ difference. The attention scaling of YaRN is a factor on the rotated key; it is 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +112,7 @@ class Rotation:
 
     Attributes:
         cos: (..., num_slots, rotary_dim) float32, each half alike.
-        sin: (..., num_slots, rotary_dim / 2) float32.
+        sin: (..., num_slots, rotary_dim / 2) float32, or one row for all slots.
     """
 
     cos: Tensor
@@ -128,16 +129,31 @@ class Rotation:
         rows = torch.cat([cos, cos], dim=-1).expand(*shift.shape[:-1], num_slots, rope.rotary_dim)
         return cls(rows.contiguous(), sin)
 
-    def __call__(self, keys: Tensor) -> Tensor:
-        """Moved keys (..., num_slots, head_dim) in their dtype; computed in float32."""
+    @classmethod
+    def joined(cls, moves: Sequence[tuple[Rotation | None, int]]) -> Rotation | None:
+        """One rotation for slots that stand one after the other: (their own, or None where they stay; num_slots)."""
+        some = next((rotation for rotation, _ in moves if rotation is not None), None)
+        if some is None or len(moves) == 1:
+            return some
+        dim = some.cos.shape[-1]
+        cos = [r.cos if r is not None else some.cos.new_ones(n, dim) for r, n in moves]
+        sin = [(r.sin if r is not None else some.sin.new_zeros(1)).expand(n, dim // 2) for r, n in moves]
+        return cls(torch.cat(cos), torch.cat(sin))
+
+    def __call__(self, keys: Tensor, out: Tensor | None = None) -> Tensor:
+        """Moved keys (..., num_slots, head_dim) in their dtype, written to `out` if given; computed in float32."""
+        out = torch.empty_like(keys) if out is None else out
         dim = self.cos.shape[-1]
         half = dim // 2
         rotated = keys[..., :dim].float()
-        made = rotated * self.cos
-        made[..., :half].addcmul_(rotated[..., half:], self.sin, value=-1)
-        made[..., half:].addcmul_(rotated[..., :half], self.sin)
-        made = made.to(keys.dtype)
-        return made if dim == keys.shape[-1] else torch.cat([made, keys[..., dim:]], dim=-1)
+        moved = out[..., :dim] if out.dtype == torch.float32 else torch.empty_like(rotated)
+        torch.mul(rotated, self.cos, out=moved)
+        moved[..., :half].addcmul_(rotated[..., half:], self.sin, value=-1)
+        moved[..., half:].addcmul_(rotated[..., :half], self.sin)
+        if out.dtype != torch.float32:
+            out[..., :dim] = moved
+        out[..., dim:] = keys[..., dim:]
+        return out
 
 
 def rotate_keys(keys: Tensor, shift: Tensor | int, rope: RotaryPositions) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ctxcomp_rag.errors import UnsupportedModelError
-from ctxcomp_rag.rope import RotaryPositions, rope_fingerprint, rotate_keys
+from ctxcomp_rag.rope import RotaryPositions, Rotation, rope_fingerprint, rotate_keys
 from tests.tiny_models import FULL_ATTENTION_ROPE, tiny_config, tiny_model
 
 PARTIAL = {"vocab_size": 289, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -86,6 +86,25 @@ def test_every_slot_and_head_may_move_by_its_own_distance() -> None:
         for slot in range(4):
             alone = rotate_keys(keys[head, slot][None], int(shift[head, slot]), rope)[0]
             torch.testing.assert_close(moved[head, slot], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "stablelm partial"])
+def test_slots_of_several_spans_move_together_as_they_do_alone(name: str, dtype: torch.dtype) -> None:
+    rope = RotaryPositions.from_config(CONFIGS[name])
+    shifts, counts, head_dim = (0, 7, 0, 400), (2, 3, 1, 4), 16 if "partial" in name else 8
+    spans = [torch.randn(2, n, head_dim).to(dtype) for n in counts]
+    device = torch.device("cpu")
+    joined = Rotation.joined([(Rotation.by(shift, n, rope, device) if shift else None, n)
+                              for shift, n in zip(shifts, counts, strict=True)])
+    assert joined is not None
+    into = torch.full((2, sum(counts) + 2, head_dim), torch.nan, dtype=dtype)
+    moved = joined(torch.cat(spans, dim=1), out=into[:, 1:-1])
+    expected = torch.cat([rotate_keys(keys, shift, rope) for keys, shift in zip(spans, shifts, strict=True)], dim=1)
+    assert moved.equal(expected)
+    assert into[:, 1:-1].equal(expected)
+    assert bool(into[:, [0, -1]].isnan().all())
+    assert Rotation.joined([(None, 2), (None, 1)]) is None
 
 
 def test_moving_there_and_back_changes_nothing_but_rounding() -> None:

@@ -15,6 +15,7 @@ from ctxcomp_rag.decoding.blend import additive_mask, blend
 from ctxcomp_rag.decoding.cache import keeps_all, new_cache
 from ctxcomp_rag.decoding.prefix import PrefixCache
 from ctxcomp_rag.decoding.splice import BlendedRun, CachedRun, EmbeddedRun, SplicedPrompt
+from ctxcomp_rag.rope import Rotation
 
 _ROOM_FOR_ANSWER = 64
 _LARGEST_MASK = 2**24  # elements
@@ -144,6 +145,7 @@ def read_at_once(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -
     """
     cache = new_cache(backbone, prompt.length + _ROOM_FOR_ANSWER)
     places: list[Tensor] = []
+    cached: list[CachedRun] = []
     rows: list[EmbeddedRun] = []
     row_places: list[Tensor] = []
     seen = 0
@@ -157,7 +159,8 @@ def read_at_once(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -
             row_places.append(place)
             continue
         places.append(place)
-        _append(run, cache)
+        cached.append(run)
+    _append(cached, cache)
     standing = torch.cat(row_places)
     visible = torch.cat([*places, standing]) <= standing[:, None]
     logits = _forward(backbone, torch.cat([run.embeds for run in rows])[None],
@@ -171,26 +174,42 @@ def read_in_turn(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -
     cache = new_cache(backbone, prompt.length + _ROOM_FOR_ANSWER)
     seen = 0
     kept: list[Tensor] = []
+    waiting: list[CachedRun] = []
     for number, run in enumerate(prompt.runs):
-        if isinstance(run, EmbeddedRun):
-            seen += run.embeds.shape[0]
-            mask = torch.ones(1, seen, dtype=torch.long, device=backbone.device)
-            logits = _forward(backbone, run.embeds[None], run.positions[None], mask, cache, 0 if keep_all else 1)
-            if keep_all or number == len(prompt.runs) - 1:
-                kept.append(logits[0])
-        elif isinstance(run, BlendedRun):
+        if isinstance(run, CachedRun):
+            seen += run.keys.shape[2]
+            waiting.append(run)
+            continue
+        _append(waiting, cache)
+        waiting.clear()
+        if isinstance(run, BlendedRun):
             seen += run.cached.keys.shape[2]
             blend(run, cache, backbone)
-        else:
-            seen += run.keys.shape[2]
-            _append(run, cache)
+            continue
+        seen += run.embeds.shape[0]
+        mask = torch.ones(1, seen, dtype=torch.long, device=backbone.device)
+        logits = _forward(backbone, run.embeds[None], run.positions[None], mask, cache, 0 if keep_all else 1)
+        if keep_all or number == len(prompt.runs) - 1:
+            kept.append(logits[0])
     return torch.cat(kept), cache
 
 
-def _append(run: CachedRun, cache: DynamicCache) -> None:
-    for number in range(len(run.keys)):
-        keys, values = run.layer(number)
-        cache.update(keys[None], values[None], number)
+def _append(runs: Sequence[CachedRun], cache: DynamicCache) -> None:
+    """Runs that stand one after the other, layer by layer: together they take the calls of one, and are written where
+    the cache keeps them."""
+    if not runs:
+        return
+    rotation = Rotation.joined([(run.rotation, run.keys.shape[2]) for run in runs])
+    count = sum(run.keys.shape[2] for run in runs)
+    layers: list[Any] = list(cache.layers)
+    for number, layer in enumerate(layers):
+        keys, values = [run.keys[number] for run in runs], [run.values[number] for run in runs]
+        new_keys, new_values = layer.grow(count, keys[0][None], values[0][None])
+        torch.cat(values, dim=1, out=new_values[0])
+        if rotation is None:
+            torch.cat(keys, dim=1, out=new_keys[0])
+        else:
+            rotation(torch.cat(keys, dim=1) if len(keys) > 1 else keys[0], out=new_keys[0])
 
 
 def _prefill_alone(prompt: SplicedPrompt, backbone: Backbone, prefixes: PrefixCache | None) -> DecodingState:

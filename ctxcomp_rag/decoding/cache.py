@@ -29,15 +29,26 @@ class RoomyLayer(DynamicLayer):
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        before = self.get_seq_length()
-        after = before + key_states.shape[-2]
-        buffers = self._with_room(key_states, value_states, before, after)
-        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
-            buffer[:, :, before:after] = states
-        self.keys, self.values = (buffer[:, :, :after] for buffer in buffers)
+        keys, values = self.grow(key_states.shape[-2], key_states, value_states)
+        keys.copy_(key_states)
+        values.copy_(value_states)
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
+
+    def grow(self, count: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`count` more entries: views (batch, num_kv_heads, count, head_dim) of keys and values, to be written to.
+
+        Args:
+            keys, values: tensors of the same sizes, whatever their number of entries.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        before = self.get_seq_length()
+        after = before + count
+        buffers = self._with_room(keys, values, before, after)
+        self.keys, self.values = (buffer[:, :, :after] for buffer in buffers)
+        return buffers[0][:, :, before:after], buffers[1][:, :, before:after]
 
     def _with_room(self, key_states: Tensor, value_states: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
         buffers, (keys, values) = self._buffers, (self.keys, self.values)

@@ -31,6 +31,17 @@ def test_it_grows_as_a_dynamic_cache_does(reserve: int) -> None:
     assert mine.get_seq_length() == 276
 
 
+def test_what_is_written_to_the_views_of_a_grown_layer_is_in_it() -> None:
+    mine, plain = RoomyLayer(20), RoomyLayer(20)
+    for seed, count in enumerate((3, 30)):
+        keys, values = entries(count, seed)
+        new_keys, new_values = mine.grow(count, keys[:, :, :1], values[:, :, :1])
+        new_keys.copy_(keys)
+        new_values.copy_(values)
+        plain.update(keys, values)
+        assert same(mine, plain)
+
+
 def test_within_its_room_nothing_moves() -> None:
     layer = RoomyLayer(200)
     layer.update(*entries(40, 0))

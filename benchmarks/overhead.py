@@ -1,0 +1,68 @@
+"""What this package adds to the bare model: time to first token of a spliced prompt over that of the same rows or cache
+entries ready in memory.
+
+    python benchmarks/overhead.py [--shape 0.5b] [--rows soft-4x,...] [--pairs 10] [--out FILE]
+
+`ctxcomp bench` has the same column, from as many pairs as it has repeats; two runs of the same work differ by more than
+what is to be seen here. Pairs take turns in who comes first. CPU time on one thread; the median of the ratios and the
+middle half of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from common import print_table
+
+from ctxcomp_rag.evaluation.bench.clock import clocked, one_thread
+from ctxcomp_rag.evaluation.bench.report import conditions
+from ctxcomp_rag.evaluation.bench.rows import Row, Rows
+from ctxcomp_rag.evaluation.bench.shapes import load_shape
+from ctxcomp_rag.evaluation.bench.workload import Workload
+from ctxcomp_rag.evaluation.provenance import write_result
+
+ROWS = "soft-4x,soft-16x,soft-64x,prerolled-4x,prerolled-16x,infinipot-kv-4x,infinipot-kv-16x"
+
+
+def measure(row: Row, pairs: int) -> dict[str, object]:
+    """Ratios of one row, whose runs have to have an ideal."""
+    assert row.ideal is not None
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    assembling = []
+    for pair in range(pairs + 1):
+        for ours in (pair % 2 == 0, pair % 2 == 1):
+            timing = clocked(row.start() if ours else row.ideal(), 1)
+            taken[ours].append(timing.ttft)
+            assembling += [1000 * timing.assemble] if ours else []
+    ratios = [100 * (a / b - 1) for a, b in zip(taken[True][1:], taken[False][1:], strict=True)]  # the first warms up
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"row": row.name, "overhead_%": round(middle, 1), "middle_half_%": f"{low:.1f} to {high:.1f}",
+            "ttft_s": round(statistics.median(taken[True][1:]), 3),
+            "ideal_s": round(statistics.median(taken[False][1:]), 3),
+            "assemble_ms": round(statistics.median(assembling[1:]), 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="0.5b")
+    parser.add_argument("--rows", default=ROWS)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/overhead_SHAPE.json")
+    args = parser.parse_args()
+    one_thread()
+    with tempfile.TemporaryDirectory() as folder:
+        makes = Rows(load_shape(args.shape), Workload(), Path(folder))
+        rows = [measure(makes.row(name), args.pairs) for name in args.rows.split(",")]
+    print_table(rows)
+    write_result(args.out or Path(f"benchmarks/results/overhead_{args.shape}.json"),
+                 {"shape": args.shape, "pairs": args.pairs, "conditions": conditions(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
