@@ -28,7 +28,7 @@ from torch import Tensor
 from ctxcomp_rag.compressors.icae import ICAECompressor
 from ctxcomp_rag.evaluation.bench.clock import one_thread
 from ctxcomp_rag.evaluation.bench.offline import timed
-from ctxcomp_rag.evaluation.bench.peer_drivers.icae import official_icae
+from ctxcomp_rag.evaluation.bench.peer_drivers.icae import commit_of, official_icae
 from ctxcomp_rag.evaluation.bench.report import conditions
 from ctxcomp_rag.evaluation.bench.shapes import load_shape
 from ctxcomp_rag.evaluation.bench.workload import Workload
@@ -85,13 +85,13 @@ def main() -> None:
         return round(statistics.median(a / b for a, b in zip(above, seconds["ours"], strict=True)), 3)
 
     tokens = len(texts[0])
+    compared = "stand-in" if args.checkout is None else f"getao/icae {commit_of(args.checkout)}"
     rows = [{"row": name, "tokens_per_s": round(tokens / statistics.median(taken), 1), "time_over_ours": ratio(taken)}
             for name, taken in seconds.items()]
     print_table(rows)
     write_result(args.out or Path(f"benchmarks/results/compress_speed_{args.shape}.json"),
-                 {"shape": args.shape, "official": "stand-in" if args.checkout is None else "checkout",
-                  "segment_tokens": tokens, "slots": icae.config.num_memory_tokens,
-                  "lora_rank": icae.config.lora_rank, "texts": args.texts, "repeats": args.repeats,
+                 {"shape": args.shape, "official": compared, "segment_tokens": tokens,
+                  "slots": icae.config.num_memory_tokens, "lora_rank": icae.config.lora_rank, "texts": args.texts, "repeats": args.repeats,
                   "conditions": conditions(), "rows": rows})
 
 

@@ -1,5 +1,5 @@
 """What this package adds to the bare model: time to first token of a spliced prompt over that of the same rows or cache
-entries ready in memory.
+entries ready in memory, in a `DynamicCache` of transformers, which copies its entries once as it takes the first token.
 
     python benchmarks/overhead.py [--shape 0.5b] [--rows soft-4x,...] [--pairs 10] [--out FILE]
 
@@ -58,7 +58,11 @@ def main() -> None:
     one_thread()
     with tempfile.TemporaryDirectory() as folder:
         makes = Rows(load_shape(args.shape), Workload(), Path(folder))
-        rows = [measure(makes.row(name), args.pairs) for name in args.rows.split(",")]
+        chosen = [makes.row(name) for name in args.rows.split(",")]
+        bare = [row.name for row in chosen if row.ideal is None]
+        if bare or args.pairs < 2:
+            parser.error(f"expected rows of spans, and 2 pairs or more, got {', '.join(bare) or args.pairs}")
+        rows = [measure(row, args.pairs) for row in chosen]
     print_table(rows)
     write_result(args.out or Path(f"benchmarks/results/overhead_{args.shape}.json"),
                  {"shape": args.shape, "pairs": args.pairs, "conditions": conditions(), "rows": rows})

@@ -52,8 +52,8 @@ def bench(
     counts = _counts(chunks)
     interpreters = _named_paths("--peer", peer or [], "kvpress=VENV/bin/python")
     checkouts = _named_paths("--checkout", checkout or [], "icae=FOLDER")
-    if len(counts) > 1 and interpreters:
-        raise InputError("--peer goes with one number of --chunks")
+    if len(counts) > 1 and (interpreters or checkouts):
+        raise InputError("--peer and --checkout go with one number of --chunks")
     if plot is not None and len(counts) == 1:
         raise InputError(f"--plot draws the growth with the chunks; give several to --chunks, got {chunks}")
     workload = Workload(counts[0], chunk_tokens, question_tokens, new_tokens, seed)

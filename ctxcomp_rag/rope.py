@@ -131,7 +131,8 @@ class Rotation:
 
     @classmethod
     def joined(cls, moves: Sequence[tuple[Rotation | None, int]]) -> Rotation | None:
-        """One rotation for slots that stand one after the other: (their own, or None where they stay; num_slots)."""
+        """One rotation for slots that stand one after the other: (one made by a single shift, or None where they stay;
+        num_slots) of each."""
         some = next((rotation for rotation, _ in moves if rotation is not None), None)
         if some is None or len(moves) == 1:
             return some
@@ -141,15 +142,21 @@ class Rotation:
         return cls(torch.cat(cos), torch.cat(sin))
 
     def __call__(self, keys: Tensor, out: Tensor | None = None) -> Tensor:
-        """Moved keys (..., num_slots, head_dim) in their dtype, written to `out` if given; computed in float32."""
-        out = torch.empty_like(keys) if out is None else out
+        """Moved keys (..., num_slots, head_dim) in their dtype; computed in float32.
+
+        Args:
+            out: where to write them; without it gradients flow.
+        """
         dim = self.cos.shape[-1]
         half = dim // 2
         rotated = keys[..., :dim].float()
-        moved = out[..., :dim] if out.dtype == torch.float32 else torch.empty_like(rotated)
-        torch.mul(rotated, self.cos, out=moved)
+        moved = (torch.mul(rotated, self.cos, out=out[..., :dim]) if out is not None and out.dtype == torch.float32
+                 else rotated * self.cos)
         moved[..., :half].addcmul_(rotated[..., half:], self.sin, value=-1)
         moved[..., half:].addcmul_(rotated[..., :half], self.sin)
+        if out is None:
+            moved = moved.to(keys.dtype)
+            return moved if dim == keys.shape[-1] else torch.cat([moved, keys[..., dim:]], dim=-1)
         if out.dtype != torch.float32:
             out[..., :dim] = moved
         out[..., dim:] = keys[..., dim:]

@@ -107,6 +107,15 @@ def test_slots_of_several_spans_move_together_as_they_do_alone(name: str, dtype:
     assert Rotation.joined([(None, 2), (None, 1)]) is None
 
 
+@pytest.mark.parametrize("name", ["llama", "stablelm partial"])
+def test_gradients_flow_through_a_move(name: str) -> None:
+    rope = RotaryPositions.from_config(CONFIGS[name])
+    keys = torch.randn(2, 5, 16 if "partial" in name else 8, requires_grad=True)
+    weights = torch.randn(keys.shape)
+    (rotate_keys(keys, 9, rope) * weights).sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(keys.grad, rotate_keys(weights, -9, rope))  # a rotation's transpose is its inverse
+
+
 def test_moving_there_and_back_changes_nothing_but_rounding() -> None:
     rope = RotaryPositions.from_config(CONFIGS["llama"])
     keys = torch.randn(2, 6, 8)

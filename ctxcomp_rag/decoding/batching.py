@@ -195,8 +195,10 @@ def read_in_turn(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -
 
 
 def _append(runs: Sequence[CachedRun], cache: DynamicCache) -> None:
-    """Runs that stand one after the other, layer by layer: together they take the calls of one, and are written where
-    the cache keeps them."""
+    """Runs that stand one after the other: together they take the calls of one.
+
+    Layer by layer, written where the cache keeps them: all layers moved at once would be one more copy of the spans.
+    """
     if not runs:
         return
     rotation = Rotation.joined([(run.rotation, run.keys.shape[2]) for run in runs])

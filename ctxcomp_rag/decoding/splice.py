@@ -42,10 +42,7 @@ class CachedRun:
     rotation: Rotation | None = None
 
     def layer(self, number: int) -> tuple[Tensor, Tensor]:
-        """Keys, where they stand, and values of one layer: (num_kv_heads, n, head_dim).
-
-        The cache takes a copy of each layer; all layers moved at once would be one more copy of the span.
-        """
+        """Keys, where they stand, and values of one layer: (num_kv_heads, n, head_dim)."""
         keys = self.keys[number]
         return (self.rotation(keys) if self.rotation is not None else keys), self.values[number]
 

@@ -156,6 +156,9 @@ class SpanTable(LanceReader):
     def _whole_rows(self, row_ids: Sequence[int]) -> Iterator[tuple[dict[str, Any], NDArray[np.float32]]]:
         return self._stored.read(row_ids)
 
+    def _forget(self, row_ids: Sequence[int]) -> None:
+        self._stored.forget(row_ids)
+
     def uncached(self) -> SpanTable:
         again = copy(self)
         again._stored = StoredRows(self._dataset)

@@ -17,7 +17,8 @@ from ctxcomp_rag.index.read_cache import ReadCache
 from ctxcomp_rag.index.span_files import SpanFiles
 from ctxcomp_rag.index.table_reader import ROWS_PER_READ, WITHOUT_SPAN, batches, vectors_of
 
-_KEPT: Final = 4096  # rows, of a few KB each
+_KEPT_BYTES: Final = 2**26
+_BESIDE: Final = 2048  # bytes of a row's other columns, as Python keeps them
 
 
 class SmallRow(NamedTuple):
@@ -28,13 +29,19 @@ class SmallRow(NamedTuple):
     address: int
     place: Mapping[str, Any]
 
+    @property
+    def nbytes(self) -> int:
+        """About what it takes in memory."""
+        return len(self.columns["text"]) + len(self.columns["metadata"]) + self.vector.nbytes + _BESIDE
+
 
 class StoredRows:
     """The rows of one version of a Lance table. Thread-safe."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset, self._spans = dataset, SpanFiles(dataset)
-        self._small: ReadCache[int, SmallRow] = ReadCache(self._take, LRUCache(_KEPT))
+        self._small: ReadCache[int, SmallRow] = ReadCache(
+            self._take, LRUCache(_KEPT_BYTES, getsizeof=lambda row: row.nbytes))
 
     def read(self, row_ids: Sequence[int]) -> Iterator[tuple[dict[str, Any], NDArray[np.float32]]]:
         """Columns with the span's bytes, and the vector, of those of the given rows that exist."""
@@ -52,5 +59,15 @@ class StoredRows:
             table = self._dataset._take_rows(list(row_ids), [*WITHOUT_SPAN, "_rowid", "_rowaddr", "span"])
         columns = table.drop_columns(["vector", "_rowaddr", "span"]).to_pylist()
         rows = zip(columns, vectors_of(table), table["_rowaddr"].to_pylist(), table["span"].to_pylist(), strict=True)
-        # a vector of its own: otherwise one row would keep all that were read with it in memory
-        return {row["_rowid"]: SmallRow(row, vector.copy(), address, place) for row, vector, address, place in rows}
+        return {row["_rowid"]: SmallRow(row, _own(vector), address, place) for row, vector, address, place in rows}
+
+    def forget(self, row_ids: Sequence[int]) -> None:
+        """Take these from the table next time."""
+        self._small.forget(row_ids)
+
+
+def _own(vector: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A copy that nobody changes; a view would keep all rows that were read with it in memory."""
+    kept = vector.copy()
+    kept.flags.writeable = False
+    return kept

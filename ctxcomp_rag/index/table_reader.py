@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.errors import IndexDamagedError
 from ctxcomp_rag.index.folder import folder_bytes
 from ctxcomp_rag.index.rows import CHUNK_COLUMNS, REPAIR, Row, checked_bytes, checked_row, intact_text, row_to_chunk
 from ctxcomp_rag.index.tables import read_tables
@@ -165,12 +167,27 @@ class TableReader(ABC):
             IndexDamagedError: names the chunk whose bytes are not those that were written.
         """
         tables_of = partial(read_tables, self.folder)
-        return {row["_rowid"]: (*checked_row(row, vector, tables_of, remedy=self.remedy), vector)
-                for row, vector in self._whole_rows(row_ids)}
+        with self._forgetting(row_ids):
+            return {row["_rowid"]: (*checked_row(row, vector, tables_of, remedy=self.remedy), vector)
+                    for row, vector in self._whole_rows(row_ids)}
 
     def stored_rows(self, row_ids: Sequence[int]) -> dict[int, Row]:
         """Row id -> the row as it is stored; raises IndexDamagedError as `read_rows` does."""
-        return {row["_rowid"]: checked_bytes(row, vector, self.remedy) for row, vector in self._whole_rows(row_ids)}
+        with self._forgetting(row_ids):
+            return {row["_rowid"]: checked_bytes(row, vector, self.remedy)
+                    for row, vector in self._whole_rows(row_ids)}
+
+    @contextmanager
+    def _forgetting(self, row_ids: Sequence[int]) -> Iterator[None]:
+        """Where one of these rows is damaged, keep none of them: the files may be put back."""
+        try:
+            yield
+        except IndexDamagedError:
+            self._forget(row_ids)
+            raise
+
+    def _forget(self, row_ids: Sequence[int]) -> None:  # noqa: B027 - most tables keep no rows
+        """Read these anew next time."""
 
     def _whole_rows(self, row_ids: Sequence[int]) -> Iterator[tuple[dict[str, Any], NDArray[np.float32]]]:
         """(columns with the span's bytes, vector) of those of the given rows that exist, unchecked."""

@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from ctxcomp_rag.cli import app
 from ctxcomp_rag.decoding import FrozenDecoder
+from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.bench.clock import Timing
 from ctxcomp_rag.evaluation.bench.peer_drivers.llama_cpp import write_gguf
 from ctxcomp_rag.evaluation.bench.peer_drivers.peer import PrefixCaching
 from ctxcomp_rag.evaluation.bench.peers import PeerProcess, PeerRow, PeerSkippedError, start_peers
 from ctxcomp_rag.evaluation.bench.report import measure
 from ctxcomp_rag.evaluation.bench.rows import LIMIT, RAW, Rows
+from ctxcomp_rag.evaluation.bench.run import run_rows
 from ctxcomp_rag.evaluation.bench.shapes import load_shape, shape_config
 from ctxcomp_rag.evaluation.bench.workload import Workload
 
@@ -72,6 +74,12 @@ def test_a_peer_out_of_a_checkout_says_what_is_missing(tmp_path: Path) -> None:
     _, skipped = start_peers(given, TINY, WORK, {"icae": tmp_path})
     assert skipped["icae"].startswith("FileNotFoundError: expected a checkout of https://github.com/getao/icae, but "
                                       f"there is no {tmp_path}")
+
+
+@pytest.mark.parametrize(("peers", "name"), [({"icae": Path("python")}, "vllm"), ({}, "icae")])
+def test_a_checkout_of_what_is_not_asked_for_is_refused(peers: dict[str, Path], name: str) -> None:
+    with pytest.raises(InputError, match=rf"a checkout goes with a peer of icae and its interpreter .*for {name}"):
+        next(run_rows("tiny", ["raw"], WORK, 1, peers=peers, checkouts={name: Path("there")}))
 
 
 OFFICIAL = os.environ.get("CTXCOMP_ICAE_CHECKOUT")

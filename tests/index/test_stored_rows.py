@@ -92,6 +92,26 @@ def test_what_changes_on_the_disk_after_a_row_was_read_is_found(path: Path, colu
         assert [damage.chunk_id for damage in index.verify().damaged] == [corpus.ids[3]]
 
 
+def test_a_row_that_was_damaged_is_read_anew_once_its_file_is_put_back(path: Path) -> None:
+    corpus = make_corpus(5)
+    with MemoryIndex.create(path, SOFT, vector_size=VECTOR_SIZE, retrieval_encoder="e", codec="exact") as index:
+        corpus.add_to(index)
+        (file,) = data_files(path)
+        at = file.read_bytes().index(corpus.chunks[3].text.encode())
+        flip_byte(file, at)
+        with pytest.raises(IndexDamagedError, match=rf"chunk '{corpus.ids[3]}'"):
+            index.get([corpus.ids[3]])
+        flip_byte(file, at)
+        assert index.get([corpus.ids[3]])[0].chunk.text == corpus.chunks[3].text
+
+
+def test_nobody_can_change_a_vector_that_others_will_be_given(tmp_path: Path) -> None:
+    written, dataset = stored(tmp_path, 1)
+    ((_, vector),) = StoredRows(dataset).read(list(written))
+    with pytest.raises(ValueError, match="read-only"):
+        vector *= 2
+
+
 def test_a_cache_fetches_what_it_misses_at_once_and_stays_within_its_limit() -> None:
     asked: list[list[int]] = []
 

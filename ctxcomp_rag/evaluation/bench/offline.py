@@ -44,7 +44,7 @@ class Stored:
     of_floor: float | None = None
 
     def spans(self) -> list[MemorySpan]:
-        """Read from the disk."""
+        """Read from the disk; what else their rows hold is in memory after the first time."""
         return [found.span for found in self.index.get(self.chunk_ids)]
 
     @property

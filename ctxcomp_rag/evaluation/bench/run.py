@@ -46,13 +46,17 @@ def run_rows(shape: str, names: Sequence[str], workload: Workload, repeats: int,
         checkouts: name of a peer that is no package -> the folder with its code.
 
     Raises:
-        InputError: no such row, shape or peer.
+        InputError: no such row, shape or peer, or a checkout of what is not asked for.
     """
     one_thread()
-    unknown = (set(peers or {}) - set(PEERS)) | (set(checkouts or {}) - set(CHECKOUTS))
+    unknown = set(peers or {}) - set(PEERS)
     if unknown or (peers and shape not in SHAPES):
         raise InputError(f"expected a peer of {', '.join(PEERS)} and a shape of {', '.join(SHAPES)}, got "
                          f"{', '.join(sorted(unknown)) or 'the model ' + shape}")
+    unasked = set(checkouts or {}) - (set(CHECKOUTS) & set(peers or {}))
+    if unasked:
+        raise InputError(f"a checkout goes with a peer of {', '.join(CHECKOUTS)} and its interpreter (--peer), got one "
+                         f"for {', '.join(sorted(unasked))}")
     backbone = load_shape(shape)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         makes = Rows(backbone, workload, Path(folder))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from importlib.metadata import version
 from typing import Any
 
 from .icae import OfficialICAE
@@ -31,7 +30,7 @@ def main() -> None:
 
     try:
         peer = PEERS[sys.argv[1]](json.loads(sys.stdin.readline()))
-        say({"versions": {name: version(name) for name in peer.packages}, "rows": peer.rows})
+        say({"versions": peer.versions(), "rows": peer.rows})
         for line in sys.stdin:
             say(peer.answer(json.loads(line)["row"]))
     except Exception as error:

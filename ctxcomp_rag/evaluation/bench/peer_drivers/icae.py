@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -42,7 +43,19 @@ def official_icae(checkout: str | os.PathLike[str], decoder: Any, slots: int, fa
     lora = package("peft").LoraConfig(r=rank, lora_alpha=32, lora_dropout=0.05, bias="none",
                                       task_type="CAUSAL_LM")
     settings = SimpleNamespace(bf16=False, fixed_mem_size=slots, mean_compression_rate=factor)
-    return code.ICAE(code.ModelArguments(model_name_or_path="", train=False), settings, lora).eval()
+    made = code.ICAE(code.ModelArguments(model_name_or_path="", train=False), settings, lora).eval()
+    made.append_sequence = made.append_sequence.to(decoder.device)  # on the GPU where there is one
+    return made
+
+
+def commit_of(checkout: str | os.PathLike[str]) -> str:
+    """The commit of a checkout; "" where git does not know."""
+    try:
+        asked = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True,
+                               check=False)
+    except OSError:  # no git
+        return ""
+    return asked.stdout.strip()
 
 
 class OfficialICAE(Reader):
@@ -56,6 +69,9 @@ class OfficialICAE(Reader):
         longest = max(map(len, task["chunks"]))
         self.icae = official_icae(task["checkout"], self.model, -(-longest // task["factor"]), task["factor"],
                                   SCRIPT_RANK)
+
+    def versions(self) -> dict[str, str]:
+        return {**super().versions(), "getao/icae": commit_of(self.task["checkout"])}
 
     def first(self, row: str) -> int:
         torch, icae = self.torch, self.icae

@@ -6,6 +6,7 @@ import importlib
 import tempfile
 import time
 from abc import ABC, abstractmethod
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +31,10 @@ class Peer(ABC):
         self.task = task
         self.text = [token for ids in task["chunks"] for token in ids]
         self.question: list[int] = task["question"]
+
+    def versions(self) -> dict[str, str]:
+        """Of its packages."""
+        return {name: version(name) for name in self.packages}
 
     def prepare(self, row: str) -> None:  # noqa: B027 - most peers have nothing to prepare
         """Bring about what the row starts from; not timed."""
