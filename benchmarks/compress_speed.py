@@ -91,8 +91,9 @@ def main() -> None:
     print_table(rows)
     write_result(args.out or Path(f"benchmarks/results/compress_speed_{args.shape}.json"),
                  {"shape": args.shape, "official": compared, "segment_tokens": tokens,
-                  "slots": icae.config.num_memory_tokens, "lora_rank": icae.config.lora_rank, "texts": args.texts, "repeats": args.repeats,
-                  "conditions": conditions(), "rows": rows})
+                  "slots": icae.config.num_memory_tokens, "lora_rank": icae.config.lora_rank, "texts": args.texts,
+                  "repeats": args.repeats, "conditions": conditions(), "rows": rows})
+
 
 
 if __name__ == "__main__":
