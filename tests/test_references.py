@@ -215,7 +215,7 @@ def test_a_piece_of_a_reference_resolves_nowhere(references: SpanReferences) -> 
     lambda r: r.replace(":", ":\u200b"), lambda r: r.translate({ord(d): 0x660 + int(d) for d in "0123456789"} |
                                                                {ord(c): ord(c) + 0xFEE0 for c in string.ascii_letters}),
     lambda r: r.swapcase(), lambda r: r.encode(), lambda r: None, lambda r: 7, lambda r: {"reference": r},
-], ids=str)
+])
 def test_what_only_looks_like_the_reference_is_refused(references: SpanReferences, disguise: object) -> None:
     disguised = disguise(references.mint(CHUNK, SCOPE))  # type: ignore[operator]
     assert reason(references, disguised) in ("malformed", "unknown")
