@@ -95,6 +95,5 @@ def main() -> None:
                   "repeats": args.repeats, "conditions": conditions(), "rows": rows})
 
 
-
 if __name__ == "__main__":
     main()
