@@ -23,10 +23,32 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ctxcomp_rag.codes import Latent, ScaledCodes
 from ctxcomp_rag.errors import IncompatibleSpanError, SpanShapeError
 
 SpanKind = Literal["soft", "kv", "latent"]
 SlotPositions = Literal["consecutive", "spread"]
+
+
+class _LatentField:
+    """A tensor of a span. What is held may be codes, until somebody asks for the tensor (`MemorySpan.held` does not).
+
+    Set to detached tensors; what else is wrong with them is for the span to say.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, span: MemorySpan | None, owner: type) -> Tensor:
+        if span is None:
+            raise AttributeError(self.name)  # a dataclass asks for a default: there is none
+        held: Latent = span.__dict__[self.name]
+        if isinstance(held, ScaledCodes):
+            held = span.__dict__[self.name] = held.decoded()
+        return held
+
+    def __set__(self, span: MemorySpan, value: Latent) -> None:
+        span.__dict__[self.name] = value if isinstance(value, ScaledCodes) else value.detach()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +85,11 @@ class MemorySpan:
             raise SpanShapeError(f"num_positions must be greater than the last slot's position {places[-1]}, "
                                  f"got {self.num_positions}")
 
+    def held(self, name: str) -> Latent:
+        """A tensor of the span as it is held: spans read from an index may hold codes."""
+        latent: Latent = self.__dict__[name]
+        return latent
+
     @property
     def num_slots(self) -> int:
         """Length of the span inside the decoder."""
@@ -79,7 +106,7 @@ class MemorySpan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the latent tensors."""
+        """Bytes of the latent tensors, decoded."""
         raise NotImplementedError
 
     def first(self, num_slots: int) -> MemorySpan:
@@ -105,13 +132,12 @@ class SoftSpan(MemorySpan):
             specification allows, the first so many of them are a valid span. None where all slots belong together.
     """
 
-    embeds: Tensor
+    embeds: _LatentField = _LatentField()
     order: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "embeds", self.embeds.detach())
-        _check_shape("embeds", self.embeds, (self.num_slots, None))
+        _check_shape("embeds", self.held("embeds"), (self.num_slots, None))
         if self.order is not None:
             order = self.order.detach().to(torch.int64)
             object.__setattr__(self, "order", order)
@@ -124,8 +150,10 @@ class SoftSpan(MemorySpan):
             return self
         chosen = self.order[:num_slots]
         kept = chosen.sort().values
+        embeds = self.held("embeds")
         return SoftSpan(self.chunk_id, self.num_source_tokens, self.positions[kept], self.num_positions,
-                        self.embeds[kept], torch.searchsorted(kept, chosen),
+                        embeds.rows(kept) if isinstance(embeds, ScaledCodes) else embeds[kept],
+                        torch.searchsorted(kept, chosen),
                         retention={n: share for n, share in self.retention.items() if n <= num_slots})
 
     @property
@@ -134,11 +162,11 @@ class SoftSpan(MemorySpan):
 
     @property
     def hidden_size(self) -> int:
-        return int(self.embeds.shape[1])
+        return int(self.held("embeds").shape[1])
 
     @property
     def nbytes(self) -> int:
-        return self.embeds.nbytes
+        return self.held("embeds").nbytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,22 +181,21 @@ class KVSpan(MemorySpan):
             from, heads may hold different ones; None where slots are not made from single tokens.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: _LatentField = _LatentField()
+    values: _LatentField = _LatentField()
     kept: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "keys", self.keys.detach())
-        object.__setattr__(self, "values", self.values.detach())
-        _check_shape("keys", self.keys, (None, None, self.num_slots, None))
-        _check_shape("values", self.values, (self.num_layers, self.num_kv_heads, self.num_slots, None))
+        _check_shape("keys", self.held("keys"), (None, None, self.num_slots, None))
+        _check_shape("values", self.held("values"), (self.num_layers, self.num_kv_heads, self.num_slots, None))
         if self.kept is not None:
             object.__setattr__(self, "kept", self._checked(self.kept))
 
     def _checked(self, kept: Tensor) -> Tensor:
-        if tuple(kept.shape) != tuple(self.keys.shape[:3]) or kept.is_floating_point():
-            raise SpanShapeError(f"kept must be integers of shape {tuple(self.keys.shape[:3])}, got {kept.dtype} of "
+        wanted = tuple(self.held("keys").shape[:3])
+        if tuple(kept.shape) != wanted or kept.is_floating_point():
+            raise SpanShapeError(f"kept must be integers of shape {wanted}, got {kept.dtype} of "
                                  f"shape {tuple(kept.shape)}")
         if int(kept.min()) < 0 or int(kept.max()) >= self.num_source_tokens or bool((kept.diff(dim=-1) <= 0).any()):
             raise SpanShapeError(f"kept must increase from slot to slot and name tokens 0 to "
@@ -182,15 +209,15 @@ class KVSpan(MemorySpan):
 
     @property
     def num_layers(self) -> int:
-        return int(self.keys.shape[0])
+        return int(self.held("keys").shape[0])
 
     @property
     def num_kv_heads(self) -> int:
-        return int(self.keys.shape[1])
+        return int(self.held("keys").shape[1])
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.held("keys").nbytes + self.held("values").nbytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,12 +228,11 @@ class LatentSpan(MemorySpan):
         memory: (num_slots, encoder_size), floating point: the encoder's last hidden states at its memory tokens.
     """
 
-    memory: Tensor
+    memory: _LatentField = _LatentField()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "memory", self.memory.detach())
-        _check_shape("memory", self.memory, (self.num_slots, None))
+        _check_shape("memory", self.held("memory"), (self.num_slots, None))
 
     @property
     def kind(self) -> SpanKind:
@@ -214,15 +240,15 @@ class LatentSpan(MemorySpan):
 
     @property
     def nbytes(self) -> int:
-        return self.memory.nbytes
+        return self.held("memory").nbytes
 
 
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
-    fits = tensor.ndim == len(expected) and all(e in (None, s) for e, s in zip(expected, tensor.shape, strict=True))
-    if not fits:
+def _check_shape(name: str, tensor: Latent, expected: tuple[int | None, ...]) -> None:
+    shape = tuple(tensor.shape)
+    if len(shape) != len(expected) or any(e not in (None, s) for e, s in zip(expected, shape, strict=True)):
         wanted = ", ".join("*" if e is None else str(e) for e in expected)
-        raise SpanShapeError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
-    if not tensor.is_floating_point():
+        raise SpanShapeError(f"{name} must have shape ({wanted}), got {shape}")
+    if not tensor.dtype.is_floating_point:
         raise SpanShapeError(f"{name} must be a floating point tensor, got {tensor.dtype}")
 
 
@@ -408,10 +434,10 @@ class SpanSpec:
             raise SpanShapeError(f"expected a {self.kind} span, got the {span.kind} span {span.chunk_id!r}")
         d = self.decoder
         if isinstance(span, SoftSpan):
-            _check_shape(f"embeds of {span.chunk_id!r}", span.embeds, (span.num_slots, d.hidden_size))
+            _check_shape(f"embeds of {span.chunk_id!r}", span.held("embeds"), (span.num_slots, d.hidden_size))
         if isinstance(span, KVSpan):
             shape = (d.num_layers, d.num_kv_heads, span.num_slots, d.head_dim)
-            _check_shape(f"keys of {span.chunk_id!r}", span.keys, shape)
-            _check_shape(f"values of {span.chunk_id!r}", span.values, shape)
+            _check_shape(f"keys of {span.chunk_id!r}", span.held("keys"), shape)
+            _check_shape(f"values of {span.chunk_id!r}", span.held("values"), shape)
         if isinstance(span, LatentSpan):
-            _check_shape(f"memory of {span.chunk_id!r}", span.memory, (span.num_slots, d.hidden_size))
+            _check_shape(f"memory of {span.chunk_id!r}", span.held("memory"), (span.num_slots, d.hidden_size))

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ctxcomp_rag"
 LAYERS: list[set[str]] = [
-    {"errors", "references"},
+    {"codes", "errors", "references"},
     {"chunking", "spans", "rope", "tokenization", "retrieval", "readers", "records", "acceleration", "facts",
      "slot_budget"},
     {"backbone"},

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ctxcomp_rag.backbone import Backbone
+from ctxcomp_rag.codes import write
 from ctxcomp_rag.decoding.blend import additive_mask, blend
 from ctxcomp_rag.decoding.cache import keeps_all, new_cache
 from ctxcomp_rag.decoding.prefix import PrefixCache
@@ -151,7 +152,7 @@ def read_at_once(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -
     seen = 0
     for run in prompt.runs:
         assert not isinstance(run, BlendedRun)
-        count = run.embeds.shape[0] if isinstance(run, EmbeddedRun) else run.keys.shape[2]
+        count = run.embeds.shape[0] if isinstance(run, EmbeddedRun) else run.num_entries
         place = torch.arange(seen, seen + count, device=backbone.device)
         seen += count
         if isinstance(run, EmbeddedRun):
@@ -160,7 +161,7 @@ def read_at_once(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -
             continue
         places.append(place)
         cached.append(run)
-    _append(cached, cache)
+    append(cached, cache, backbone)
     standing = torch.cat(row_places)
     visible = torch.cat([*places, standing]) <= standing[:, None]
     logits = _forward(backbone, torch.cat([run.embeds for run in rows])[None],
@@ -177,13 +178,13 @@ def read_in_turn(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -
     waiting: list[CachedRun] = []
     for number, run in enumerate(prompt.runs):
         if isinstance(run, CachedRun):
-            seen += run.keys.shape[2]
+            seen += run.num_entries
             waiting.append(run)
             continue
-        _append(waiting, cache)
+        append(waiting, cache, backbone)
         waiting.clear()
         if isinstance(run, BlendedRun):
-            seen += run.cached.keys.shape[2]
+            seen += run.cached.num_entries
             blend(run, cache, backbone)
             continue
         seen += run.embeds.shape[0]
@@ -194,31 +195,31 @@ def read_in_turn(prompt: SplicedPrompt, backbone: Backbone, *, keep_all: bool) -
     return torch.cat(kept), cache
 
 
-def _append(runs: Sequence[CachedRun], cache: DynamicCache) -> None:
+def append(runs: Sequence[CachedRun], cache: DynamicCache, backbone: Backbone) -> None:
     """Runs that stand one after the other: together they take the calls of one.
 
-    Layer by layer, written where the cache keeps them: all layers moved at once would be one more copy of the spans.
+    Layer by layer, decoded and moved where the cache keeps them: all layers at once would copy the spans once more.
     """
     if not runs:
         return
-    rotation = Rotation.joined([(run.rotation, run.keys.shape[2]) for run in runs])
-    count = sum(run.keys.shape[2] for run in runs)
+    count, heads, head_dim = sum(run.num_entries for run in runs), backbone.num_kv_heads, backbone.head_dim
+    rotation = Rotation.joined([(run.rotation, run.num_entries) for run in runs])
+    like = torch.empty(1, heads, 0, head_dim, dtype=backbone.dtype, device=backbone.device)
+    unmoved = like.new_empty(heads, count, head_dim)  # the same memory for every layer: it stays in fast caches
     layers: list[Any] = list(cache.layers)
     for number, layer in enumerate(layers):
-        keys, values = [run.keys[number] for run in runs], [run.values[number] for run in runs]
-        new_keys, new_values = layer.grow(count, keys[0][None], values[0][None])
-        torch.cat(values, dim=1, out=new_values[0])
-        if rotation is None:
-            torch.cat(keys, dim=1, out=new_keys[0])
-        else:
-            rotation(torch.cat(keys, dim=1) if len(keys) > 1 else keys[0], out=new_keys[0])
+        keys, values = (grown[0] for grown in layer.grow(count, like, like))
+        write((run.values[number] for run in runs), values, dim=1)
+        write((run.keys[number] for run in runs), keys if rotation is None else unmoved, dim=1)
+        if rotation is not None:
+            rotation(unmoved, out=keys)
 
 
 def _prefill_alone(prompt: SplicedPrompt, backbone: Backbone, prefixes: PrefixCache | None) -> DecodingState:
     prompt = prefixes.begin(prompt) if prefixes is not None else prompt
     logits, cache = _read(prompt, backbone, keep_all=False)
     if prefixes is not None and prompt.head:
-        stored = [run.keys.shape[2] for run in prompt.runs if isinstance(run, CachedRun)]
+        stored = [run.num_entries for run in prompt.runs if isinstance(run, CachedRun)]
         prefixes.keep(prompt, cache, sum(stored) if _fits_one_pass(prompt) else 0)
     mask = torch.ones(1, prompt.length, dtype=torch.long, device=backbone.device)
     return DecodingState(logits[-1:], cache, mask, torch.tensor([prompt.next_position], device=backbone.device))

@@ -23,8 +23,8 @@ def blend(run: BlendedRun, cache: DynamicCache, backbone: Backbone) -> None:
     seen, n = int(layers[0].keys.shape[2]), run.fresh.embeds.shape[0]
     fresh = farthest(run, cache, backbone) if run.num_fresh < n else torch.arange(n, device=backbone.device)
     stored = torch.ones(n, dtype=torch.bool, device=fresh.device).index_fill(0, fresh, False).nonzero()[:, 0]
-    for number in range(len(run.cached.keys)):
-        keys, values = run.cached.layer(number)
+    for number in range(len(layers)):
+        keys, values = run.cached.layer(number, backbone)
         cache.update(keys[None, :, stored], values[None, :, stored], number)
     order = torch.cat([stored, fresh])
     visible = torch.ones(len(fresh), seen + n, dtype=torch.bool, device=fresh.device)
@@ -57,7 +57,7 @@ def farthest(run: BlendedRun, cache: DynamicCache, backbone: Backbone) -> Tensor
     body(inputs_embeds=rows.embeds[None], position_ids=rows.positions[None], attention_mask=mask,
          past_key_values=probe, use_cache=True)
     here = probe.layers[depth - 1].keys[0, :, seen:]
-    missed: Tensor = (here.float() - run.cached.layer(depth - 1)[0].float()).pow(2).sum((0, 2))
+    missed: Tensor = (here.float() - run.cached.layer(depth - 1, backbone)[0].float()).pow(2).sum((0, 2))
     return missed.topk(run.num_fresh).indices.sort().values
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ctxcomp_rag.backbone import Backbone
+from ctxcomp_rag.codes import decoded
 from ctxcomp_rag.decoding.splice import EntriesPiece, Layout, RowsPiece, TextPiece
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.kv.attention import require_observable
@@ -143,7 +144,7 @@ class BoundedPrompt:
         b = self.budget.backbone
         with self.budget._lock:
             if isinstance(piece, RowsPiece):
-                logits = self._pot.read_rows(piece.embeds[rows].to(b.device, b.dtype), offsets, num_positions)
+                logits = self._pot.read_rows(decoded(piece.embeds)[rows].to(b.device, b.dtype), offsets, num_positions)
                 if each:
                     each(logits)
                 return

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ctxcomp_rag.backbone import Backbone
+from ctxcomp_rag.codes import Latent, decoded, write
 from ctxcomp_rag.decoding.prompt import Blended, Delimiter, Part, Text, TokenIds, text_ids
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError, PromptTooLongError
 from ctxcomp_rag.rope import Rotation, require_full_attention
@@ -33,18 +34,23 @@ class CachedRun:
     """Entries that go straight to the cache.
 
     Attributes:
-        keys, values: (num_layers, num_kv_heads, n, head_dim), as they are stored.
+        keys, values: (num_layers, num_kv_heads, n, head_dim), as they are stored: in any dtype, or in codes.
         rotation: moves the keys to where they stand; None where they stand there.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Latent
+    values: Latent
     rotation: Rotation | None = None
 
-    def layer(self, number: int) -> tuple[Tensor, Tensor]:
-        """Keys, where they stand, and values of one layer: (num_kv_heads, n, head_dim)."""
-        keys = self.keys[number]
-        return (self.rotation(keys) if self.rotation is not None else keys), self.values[number]
+    @property
+    def num_entries(self) -> int:
+        return int(self.keys.shape[2])
+
+    def layer(self, number: int, backbone: Backbone) -> tuple[Tensor, Tensor]:
+        """Keys, where they stand, and values of one layer of the decoder: (num_kv_heads, n, head_dim)."""
+        keys, values = (decoded(latent[number]).to(backbone.device, backbone.dtype)
+                        for latent in (self.keys, self.values))  # first: keys of fewer bits are not rounded twice
+        return (self.rotation(keys) if self.rotation is not None else keys), values
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +113,7 @@ class SplicedPrompt:
 def _entries(run: Run) -> int:
     if isinstance(run, BlendedRun):
         run = run.cached
-    return run.embeds.shape[0] if isinstance(run, EmbeddedRun) else run.keys.shape[2]
+    return run.embeds.shape[0] if isinstance(run, EmbeddedRun) else run.num_entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +131,7 @@ class TextPiece:
 class RowsPiece:
     """Soft slots or delimiters: embeds (n, hidden_size) at `positions` (n,) from the piece's start."""
 
-    embeds: Tensor
+    embeds: Latent
     positions: Tensor
     num_positions: int
 
@@ -215,7 +221,7 @@ class _Layout:
             return
         span = part.span if isinstance(part, Blended) else part
         if isinstance(part, SoftSpan):
-            self._rows(part.embeds, part.positions, part.num_positions, f"span {part.chunk_id!r}")
+            self._rows(part.held("embeds"), part.positions, part.num_positions, f"span {part.chunk_id!r}")
         elif isinstance(part, Blended):
             self._check_entries(part.span)
             fresh = math.ceil(part.fraction * part.span.num_slots)
@@ -236,7 +242,7 @@ class _Layout:
             self.text_tokens += len(self.ids)
             self.ids = []
 
-    def _rows(self, embeds: Tensor, positions: Tensor, num_positions: int, what: str) -> None:
+    def _rows(self, embeds: Latent, positions: Tensor, num_positions: int, what: str) -> None:
         if embeds.shape[1] != self.backbone.hidden_size:
             raise IncompatibleSpanError(f"{what} has rows of size {embeds.shape[1]}, the decoder "
                                         f"{self.backbone.model_id!r} reads rows of size {self.backbone.hidden_size}")
@@ -245,8 +251,9 @@ class _Layout:
     def _check_entries(self, span: KVSpan) -> None:
         b = self.backbone
         expected = (int(b.config.num_hidden_layers), b.num_kv_heads, span.num_slots, b.head_dim)
-        if tuple(span.keys.shape) != expected:
-            raise IncompatibleSpanError(f"span {span.chunk_id!r} holds keys of shape {tuple(span.keys.shape)}, the "
+        shape = tuple(span.held("keys").shape)
+        if shape != expected:
+            raise IncompatibleSpanError(f"span {span.chunk_id!r} holds keys of shape {shape}, the "
                                         f"decoder {b.model_id!r} reads {expected} (layers, kv heads, slots, head size)")
         require_full_attention(b.config)
 
@@ -290,7 +297,7 @@ class _Builder:
         self.backbone = backbone
         self.device, self.dtype = backbone.device, backbone.dtype  # asking the model walks through its parameters
         self.runs: list[Run] = []
-        self.rows: list[Tensor] = []
+        self.rows: list[Latent] = []
         self.places: list[Tensor] = []
         self.next_position = 0
 
@@ -298,7 +305,7 @@ class _Builder:
         if isinstance(piece, EntriesPiece):
             self._cached(piece)
         elif isinstance(piece, RowsPiece):
-            self.rows.append(piece.embeds.to(self.device, self.dtype))
+            self.rows.append(piece.embeds)
             self.places.append(piece.positions + self.next_position)
         else:
             self.rows.append(self.backbone.embed(torch.tensor(piece.ids)))
@@ -308,10 +315,9 @@ class _Builder:
     def _cached(self, piece: EntriesPiece) -> None:
         b, span = self.backbone, piece.span
         self._close_run()
-        keys = span.keys.to(self.device, self.dtype)  # first: keys stored in less are not rounded a second time
         rotation = (Rotation.by(self.next_position, span.num_slots, b.rope, self.device) if self.next_position
                     else None)
-        run = CachedRun(keys, span.values.to(self.device, self.dtype), rotation)
+        run = CachedRun(span.held("keys"), span.held("values"), rotation)
         # nothing before it, nothing to blend with: the span is already what it would become
         if piece.source is None or not piece.num_fresh or not self.runs:
             self.runs.append(run)
@@ -322,7 +328,10 @@ class _Builder:
 
     def _close_run(self) -> None:
         if self.rows:
-            self.runs.append(EmbeddedRun(torch.cat(self.rows), torch.cat(self.places).to(self.device)))
+            places = torch.cat(self.places).to(self.device)
+            embeds = torch.empty(len(places), self.backbone.hidden_size, dtype=self.dtype, device=self.device)
+            write(self.rows, embeds)
+            self.runs.append(EmbeddedRun(embeds, places))
             self.rows, self.places = [], []
 
     def finish(self) -> tuple[Run, ...]:

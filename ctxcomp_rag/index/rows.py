@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.codes import Latent
 from ctxcomp_rag.errors import IndexDamagedError, InputError
 from ctxcomp_rag.index.codecs import CODECS, Codec, Role, Tables, as_rows, codec_named
 from ctxcomp_rag.index.stored_tensors import stored_tensors
@@ -104,12 +105,13 @@ def span_from_bytes(data: bytes, tables_of: Callable[[str], Tables] = _no_tables
         codec = codec_named(about.get("codec", EXACT.name))
         if "tables" in about:
             codec = codec.with_tables(tables_of(about["tables"]))
-        latent = {role: _decoded(codec, tensors, about, role) for role in about.get("latent", {})} or tensors
+        latent = {role: _latent(codec, tensors, about, role) for role in about.get("latent", {})} or tensors
         common = (about["chunk_id"], about["num_source_tokens"], tensors["positions"], about["num_positions"])
         cls, roles = _STORED[about["kind"]]
-        extra: dict[str, Any] = {name: tensors[name] for name in ("kept", "order") if name in tensors}
+        fields: dict[str, Any] = {role: latent[role] for role in roles}
+        fields |= {name: tensors[name] for name in ("kept", "order") if name in tensors}
         retention = {int(n): float(share) for n, share in about.get("retention", {}).items()}
-        return cls(*common, *(latent[role] for role in roles), **extra, retention=retention)
+        return cls(*common, **fields, retention=retention)
     except (safetensors.SafetensorError, struct.error, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"not a memory span: {error}") from error
 
@@ -125,10 +127,10 @@ def _relabelled(data: bytes, chunk_id: str) -> bytes:
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 
-def _decoded(codec: Codec, tensors: Mapping[str, Tensor], about: Mapping[str, Any], role: Role) -> Tensor:
+def _latent(codec: Codec, tensors: Mapping[str, Tensor], about: Mapping[str, Any], role: Role) -> Latent:
     shape, dtype = about["latent"][role]
     pieces = {name[len(role) :].removeprefix("."): t for name, t in tensors.items() if name.split(".")[0] == role}
-    return codec.decode(pieces, role, tuple(shape), getattr(torch, dtype))
+    return codec.read(pieces, role, tuple(shape), getattr(torch, dtype))
 
 
 # ---- a row -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from ctxcomp_rag.codes import Latent, ScaledCodes
+
 Role = Literal["embeds", "keys", "values", "memory"]
 """What the tensor is: a codec may treat keys, whose channels differ in size, unlike values (KIVI, arXiv 2402.02750)."""
 
@@ -37,6 +39,10 @@ class Codec(ABC):
     def decode(self, pieces: Mapping[str, Tensor], role: Role, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The tensor again, (..., n, d). Raises KeyError or RuntimeError for pieces that are not of this codec."""
 
+    def read(self, pieces: Mapping[str, Tensor], role: Role, shape: tuple[int, ...], dtype: torch.dtype) -> Latent:
+        """The tensor, or codes from which it can be decoded elsewhere. Raises as `decode` does, and ValueError."""
+        return self.decode(pieces, role, shape, dtype)
+
     @property
     def learns(self) -> bool:
         """Whether the codec needs tables."""
@@ -53,6 +59,19 @@ class Codec(ABC):
     def with_tables(self, tables: Tables) -> Self:
         """This codec with tables that were learned before."""
         return self
+
+
+class Scaled(Codec):
+    """A codec whose pieces are one-byte "codes" of the tensor's shape and a "scale" to multiply them by."""
+
+    def read(self, pieces: Mapping[str, Tensor], role: Role, shape: tuple[int, ...], dtype: torch.dtype) -> ScaledCodes:
+        codes = ScaledCodes(pieces["codes"], pieces["scale"], dtype)
+        if codes.shape != shape:
+            raise ValueError(f"codes of shape {codes.shape} stand for a tensor of shape {shape}")
+        return codes
+
+    def decode(self, pieces: Mapping[str, Tensor], role: Role, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self.read(pieces, role, shape, dtype).decoded()
 
 
 def reduced_axis(role: Role) -> int:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from ctxcomp_rag.index.codecs.base import Codec, Role
+from ctxcomp_rag.index.codecs.base import Role, Scaled
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
-class Float8(Codec):
+class Float8(Scaled):
     """One byte an element; relative squared error about 7e-4."""
 
     name = "fp8"
@@ -22,6 +20,3 @@ class Float8(Codec):
         scale = x.abs().amax(dim=-1, keepdim=True) / _LARGEST
         codes = torch.where(scale > 0, x / scale, torch.zeros(())).clamp(-_LARGEST, _LARGEST)
         return {"codes": codes.to(torch.float8_e4m3fn), "scale": scale}
-
-    def decode(self, pieces: Mapping[str, Tensor], role: Role, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return (pieces["codes"].float() * pieces["scale"]).to(dtype)

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ctxcomp_rag.index.codecs.base import Codec, Role, reduced_axis
+from ctxcomp_rag.index.codecs.base import Codec, Role, Scaled, reduced_axis
 
 _GROUP = 32
 SCALE_DTYPE = torch.bfloat16  # the range of float32; what it lacks in precision, rounding by the stored scale absorbs
 
 
-class Int8(Codec):
+class Int8(Scaled):
     """One byte an element; relative squared error about 4e-5."""
 
     name = "int8"
@@ -27,9 +27,6 @@ class Int8(Codec):
         scale = stored(x.abs().amax(dim=reduced_axis(role), keepdim=True) / 127)
         codes = torch.where(scale > 0, x / scale.float(), torch.zeros(())).round().clamp(-127, 127)
         return {"codes": codes.to(torch.int8), "scale": scale}
-
-    def decode(self, pieces: Mapping[str, Tensor], role: Role, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return pieces["codes"].to(torch.float32).mul_(pieces["scale"].float()).to(dtype)
 
 
 class Int4(Codec):
