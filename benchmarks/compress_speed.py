@@ -28,7 +28,8 @@ from torch import Tensor
 from ctxcomp_rag.compressors.icae import ICAECompressor
 from ctxcomp_rag.evaluation.bench.clock import one_thread
 from ctxcomp_rag.evaluation.bench.offline import timed
-from ctxcomp_rag.evaluation.bench.peer_drivers.icae import commit_of, official_icae
+from ctxcomp_rag.evaluation.bench.peer_drivers.checkout import commit_of
+from ctxcomp_rag.evaluation.bench.peer_drivers.icae import REPOSITORY, official_icae
 from ctxcomp_rag.evaluation.bench.report import conditions
 from ctxcomp_rag.evaluation.bench.shapes import load_shape
 from ctxcomp_rag.evaluation.bench.workload import Workload
@@ -85,7 +86,7 @@ def main() -> None:
         return round(statistics.median(a / b for a, b in zip(above, seconds["ours"], strict=True)), 3)
 
     tokens = len(texts[0])
-    compared = "stand-in" if args.checkout is None else f"getao/icae {commit_of(args.checkout)}"
+    compared = "stand-in" if args.checkout is None else f"{REPOSITORY} {commit_of(args.checkout)}"
     rows = [{"row": name, "tokens_per_s": round(tokens / statistics.median(taken), 1), "time_over_ours": ratio(taken)}
             for name, taken in seconds.items()]
     print_table(rows)

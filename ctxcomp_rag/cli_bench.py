@@ -32,10 +32,11 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Times that each row is run, in turn.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the token ids.")] = 0,
     peer: Annotated[list[str] | None, typer.Option(help="NAME=PYTHON: another project (kvpress, llmlingua, vllm, "
-                                                   "llama.cpp, openvino, icae) and the interpreter that has it; "
-                                                   "may be repeated.")] = None,
+                                                   "llama.cpp, openvino, icae, pcc) and the interpreter that has "
+                                                   "it; may be repeated.")] = None,
     checkout: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER: where the code of a peer lies that is no "
-                                                       "package (icae: a clone of getao/icae).")] = None,
+                                                       "package (icae: a clone of getao/icae, pcc: of "
+                                                       "broalantaps/The-most-influential-graduation-project).")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the growth with the chunks into this SVG or PNG.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     as_json: Json = False,

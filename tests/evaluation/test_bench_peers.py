@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import gguf
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -17,8 +19,9 @@ from ctxcomp_rag.decoding import FrozenDecoder
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.bench.clock import Timing
 from ctxcomp_rag.evaluation.bench.peer_drivers.llama_cpp import write_gguf
+from ctxcomp_rag.evaluation.bench.peer_drivers.pcc import OfficialPCC, official_pcc
 from ctxcomp_rag.evaluation.bench.peer_drivers.peer import PrefixCaching
-from ctxcomp_rag.evaluation.bench.peers import PeerProcess, PeerRow, PeerSkippedError, start_peers
+from ctxcomp_rag.evaluation.bench.peers import CHECKOUTS, PeerProcess, PeerRow, PeerSkippedError, start_peers
 from ctxcomp_rag.evaluation.bench.report import measure
 from ctxcomp_rag.evaluation.bench.rows import LIMIT, RAW, Rows
 from ctxcomp_rag.evaluation.bench.run import run_rows
@@ -64,34 +67,65 @@ def test_peers_that_cannot_run_say_why(tmp_path: Path) -> None:
         "llmlingua": "ModuleNotFoundError: No module named 'torch'",
         "llama.cpp": "ModuleNotFoundError: No module named 'llama_cpp'",
         "openvino": f"{tmp_path} does not start: Permission denied",
-        "vllm": "no interpreter given (--peer vllm=PYTHON)", "icae": "no interpreter given (--peer icae=PYTHON)"}
+        "vllm": "no interpreter given (--peer vllm=PYTHON)", "icae": "no interpreter given (--peer icae=PYTHON)",
+        "pcc": "no interpreter given (--peer pcc=PYTHON)"}
 
 
-def test_a_peer_out_of_a_checkout_says_what_is_missing(tmp_path: Path) -> None:
-    given = {"icae": Path(sys.executable)}
+@pytest.mark.parametrize("name", CHECKOUTS)
+def test_a_peer_out_of_a_checkout_says_what_is_missing(name: str, tmp_path: Path) -> None:
+    given = {name: Path(sys.executable)}
     _, skipped = start_peers(given, TINY, WORK)
-    assert skipped["icae"] == ("no checkout given (--checkout icae=FOLDER, a clone of https://github.com/getao/icae)")
-    _, skipped = start_peers(given, TINY, WORK, {"icae": tmp_path})
-    assert skipped["icae"].startswith("FileNotFoundError: expected a checkout of https://github.com/getao/icae, but "
-                                      f"there is no {tmp_path}")
+    assert skipped[name] == f"no checkout given (--checkout {name}=FOLDER, a clone of {CHECKOUTS[name]})"
+    _, skipped = start_peers(given, TINY, WORK, {name: tmp_path})
+    assert skipped[name].startswith(f"FileNotFoundError: expected a checkout of {CHECKOUTS[name]}, but there is no "
+                                    f"{tmp_path}")
 
 
-@pytest.mark.parametrize(("peers", "name"), [({"icae": Path("python")}, "vllm"), ({}, "icae")])
+def test_a_factor_that_official_pcc_has_no_memory_tokens_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="64 memory tokens for a segment of 256: expected a factor of 4 or more, got"):
+        official_pcc("there", None, None, 3)
+
+
+@pytest.mark.parametrize(("peers", "name"), [({"icae": Path("python")}, "vllm"), ({}, "icae"), ({}, "pcc")])
 def test_a_checkout_of_what_is_not_asked_for_is_refused(peers: dict[str, Path], name: str) -> None:
-    with pytest.raises(InputError, match=rf"a checkout goes with a peer of icae and its interpreter .*for {name}"):
+    with pytest.raises(InputError, match=rf"a checkout goes with a peer of icae, pcc and its interpreter .*for {name}"):
         next(run_rows("tiny", ["raw"], WORK, 1, peers=peers, checkouts={name: Path("there")}))
 
 
-OFFICIAL = os.environ.get("CTXCOMP_ICAE_CHECKOUT")
+def checkout_of(name: str) -> Path:
+    """The clone that CTXCOMP_NAME_CHECKOUT names; skips the test where it names none."""
+    variable = f"CTXCOMP_{name.upper()}_CHECKOUT"
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} names no clone of {CHECKOUTS[name]}")
+    return Path(os.environ[variable])
 
 
-@pytest.mark.skipif(not OFFICIAL, reason="CTXCOMP_ICAE_CHECKOUT names no clone of https://github.com/getao/icae")
-def test_the_official_icae_code_compresses_and_answers_out_of_its_checkout() -> None:
-    with PeerProcess("icae", Path(sys.executable), TINY, WORK, checkout=Path(OFFICIAL or "")) as peer:
-        assert peer.rows == ("icae-official",)
-        timing = PeerRow("icae-official", peer).timed(3)
+@pytest.mark.parametrize(("name", "positions"), [
+    ("icae", 3 * 4 + 1 + 4),  # slots at 4x, [FT], the question
+    ("pcc", 1 + (1 + 64 + 1) + 4),  # bos, the slots of one segment in brackets, the question
+])
+def test_official_code_compresses_and_answers_out_of_its_checkout(name: str, positions: int) -> None:
+    with PeerProcess(name, Path(sys.executable), TINY, WORK, checkout=checkout_of(name)) as peer:
+        assert peer.rows == (f"{name}-official",)
+        timing = PeerRow(f"{name}-official", peer).timed(3)
     assert 0 < timing.ttft < timing.total
-    assert timing.positions == 3 * 4 + 1 + 4  # slots at 4x, [FT], the question
+    assert timing.positions == positions
+
+
+def test_the_steps_of_the_official_pcc_code_are_those_of_its_own_loop() -> None:
+    work, logits = replace(WORK, chunk_tokens=100), []  # type: tuple[Workload, list[torch.Tensor]]
+    task = {"config": TINY, "chunks": work.chunk_ids(1024), "question": work.question_ids(1024), "new_tokens": 3,
+            "factor": 4, "checkout": checkout_of("pcc")}
+    torch.manual_seed(0)
+    with torch.no_grad():  # the driver switches gradients off
+        peer = OfficialPCC(task)
+        slots = peer.pcc(peer.text, None, get_embedding=True)
+        assert slots.shape == (1, 2 * 64, TINY["hidden_size"])  # of 256 and 44 tokens
+        assert slots.isfinite().all()
+        peer.model.register_forward_hook(lambda model, given, made: logits.append(made.logits[0, -1]))
+        assert peer.answer("pcc-official")["positions"] == 1 + 2 * (1 + 64 + 1) + 4
+        peer.pcc.generate(peer.text, " ".join(f"w{token}" for token in peer.question), 3)
+    torch.testing.assert_close(logits[:3], logits[3:])
 
 
 def test_each_row_of_a_peer_is_asked_for_by_its_name(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from ctxcomp_rag.errors import CtxcompError
 from ctxcomp_rag.evaluation.bench.clock import Timing
 from ctxcomp_rag.evaluation.bench.workload import Workload
 
-CHECKOUTS: Final = {"icae": "https://github.com/getao/icae"}
+CHECKOUTS: Final = {"icae": "https://github.com/getao/icae",
+                    "pcc": "https://github.com/broalantaps/The-most-influential-graduation-project"}
 """Peers that are no package: name -> repository."""
 
 PEERS: Final = ("kvpress", "llmlingua", "vllm", "llama.cpp", "openvino", *CHECKOUTS)

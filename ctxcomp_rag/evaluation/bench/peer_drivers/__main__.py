@@ -11,11 +11,13 @@ from .icae import OfficialICAE
 from .llama_cpp import LlamaCpp
 from .online import KVPress, LLMLingua2
 from .openvino import OpenVINO
+from .pcc import OfficialPCC
 from .peer import Peer
 from .vllm import VLLM
 
 PEERS: dict[str, type[Peer]] = {"kvpress": KVPress, "llmlingua": LLMLingua2, "llama.cpp": LlamaCpp,
-                                "openvino": OpenVINO, "vllm": VLLM, "icae": OfficialICAE}
+                                "openvino": OpenVINO, "vllm": VLLM, "icae": OfficialICAE,
+                                "pcc": OfficialPCC}
 
 
 def main() -> None:

@@ -6,16 +6,15 @@ a tokenizer; here it is given a decoder that is in memory already, and none of t
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+from .checkout import commit_of, load_code
 from .online import Reader
 from .peer import package
 
+REPOSITORY = "getao/icae"
 CODE = "code/icae_v2/modeling_icae_multi_span.py"
 SCRIPT_RANK = 512  # LoRA rank of its inference script
 
@@ -30,14 +29,7 @@ def official_icae(checkout: str | os.PathLike[str], decoder: Any, slots: int, fa
     Raises:
         FileNotFoundError: this is no checkout of it.
     """
-    file = Path(checkout) / CODE
-    if not file.is_file():
-        raise FileNotFoundError(f"expected a checkout of https://github.com/getao/icae, but there is no {file}")
-    spec = importlib.util.spec_from_file_location("official_icae", file)
-    assert spec is not None
-    assert spec.loader is not None
-    code: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(code)
+    code = load_code(checkout, CODE, REPOSITORY)
     code.AutoModelForCausalLM = SimpleNamespace(from_pretrained=lambda name, **half_precision: decoder)
     code.AutoTokenizer = SimpleNamespace(from_pretrained=lambda name, **slow: None)
     lora = package("peft").LoraConfig(r=rank, lora_alpha=32, lora_dropout=0.05, bias="none",
@@ -46,16 +38,6 @@ def official_icae(checkout: str | os.PathLike[str], decoder: Any, slots: int, fa
     made = code.ICAE(code.ModelArguments(model_name_or_path="", train=False), settings, lora).eval()
     made.append_sequence = made.append_sequence.to(decoder.device)  # on the GPU where there is one
     return made
-
-
-def commit_of(checkout: str | os.PathLike[str]) -> str:
-    """The commit of a checkout; "" where git does not know."""
-    try:
-        asked = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True,
-                               check=False)
-    except OSError:  # no git
-        return ""
-    return asked.stdout.strip()
 
 
 class OfficialICAE(Reader):
@@ -71,7 +53,7 @@ class OfficialICAE(Reader):
                                   SCRIPT_RANK)
 
     def versions(self) -> dict[str, str]:
-        return {**super().versions(), "getao/icae": commit_of(self.task["checkout"])}
+        return {**super().versions(), REPOSITORY: commit_of(self.task["checkout"])}
 
     def first(self, row: str) -> int:
         torch, icae = self.torch, self.icae
