@@ -70,6 +70,11 @@ Latent: TypeAlias = Tensor | ScaledCodes
 
 def write(latents: Iterable[Latent], out: Tensor, dim: int = 0) -> None:
     """Copy or decode tensors to `out`, one after the other along `dim`."""
+    latents = list(latents)
+    tensors = [latent for latent in latents if isinstance(latent, Tensor) and _alike(latent, out)]
+    if len(tensors) == len(latents):  # one call: for small spans the calls are what costs
+        torch.cat(tensors, dim=dim, out=out)
+        return
     begin = 0
     for latent in latents:
         place = out.narrow(dim, begin, latent.shape[dim])
@@ -78,6 +83,10 @@ def write(latents: Iterable[Latent], out: Tensor, dim: int = 0) -> None:
             latent.decode_into(place)
         else:
             place.copy_(latent)
+
+
+def _alike(tensor: Tensor, out: Tensor) -> bool:
+    return tensor.dtype == out.dtype and tensor.device == out.device and not tensor.requires_grad
 
 
 def decoded(latent: Latent) -> Tensor:

@@ -159,7 +159,8 @@ class Rotation:
             return moved if dim == keys.shape[-1] else torch.cat([moved, keys[..., dim:]], dim=-1)
         if out.dtype != torch.float32:
             out[..., :dim] = moved
-        out[..., dim:] = keys[..., dim:]
+        if dim < keys.shape[-1]:
+            out[..., dim:] = keys[..., dim:]
         return out
 
 

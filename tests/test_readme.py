@@ -95,3 +95,28 @@ def test_the_table_of_icae_and_pcc_is_the_one_on_file() -> None:
     head, _, *shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert {row["compressor"] for row in rows} == {"icae", "pcc"}
     assert shown == [[f"{row[key]}" for key in head] for row in rows]
+
+
+def speeds(shape: str) -> dict[str, dict[str, float]]:
+    result = json.loads((ROOT / "benchmarks" / "results" / f"bench_{shape}.json").read_text(encoding="utf-8"))
+    return {row["row"]: row for row in result["rows"]}
+
+
+def test_the_table_of_speed_is_the_one_on_file() -> None:
+    lines = README.partition("\n## Speed\n")[2].strip().splitlines()
+    (_, *names), _, *shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:4]]
+    peers = {"kvpress 4x": "kvpress", "LLMLingua-2 4x": "llmlingua",
+             "vLLM prefix cache, reordered": "vllm-prefix-reordered"}
+    rows = [speeds("0.5b")[peers.get(name, name)] for name in names]
+    assert len(names) == 10
+    assert shown == [["first token", *(f"{row['ttft_speedup']:.1f}" for row in rows)],
+                     ["64 tokens in all", *(f"{row['total_speedup']:.1f}" for row in rows)]]
+
+
+@pytest.mark.parametrize(("shape", "heading"), [("0.5b", "## The 0.5B shape"), ("135m", "## The 135M shape")])
+def test_the_tables_of_the_page_on_speed_are_those_on_file(shape: str, heading: str) -> None:
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    lines = page.partition(heading)[2].partition("\n## ")[0].splitlines()
+    shown = [[cell.strip() for cell in line.strip("|").split("|")][:3] for line in lines if line.startswith("| ")][1:]
+    assert shown == [[name, f"{row['ttft_speedup']:.2f}", f"{row['total_speedup']:.2f}"]
+                     for name, row in speeds(shape).items()]
