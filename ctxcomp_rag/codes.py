@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
+
+_CODES: Final = (torch.int8, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +23,7 @@ class ScaledCodes:
         dtype: of the tensor that they stand for.
 
     Raises:
-        ValueError: the scale is no scale of these codes.
+        ValueError: these are no codes, or the scale is none of theirs.
     """
 
     codes: Tensor
@@ -29,6 +31,9 @@ class ScaledCodes:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
+        if self.codes.dtype not in _CODES or not self.scale.is_floating_point():
+            raise ValueError(f"expected codes of one byte and a floating point scale, got {self.codes.dtype} and "
+                             f"{self.scale.dtype}")
         sizes = tuple(self.scale.shape)
         if len(sizes) != self.codes.ndim or any(s not in (1, c) for s, c in zip(sizes, self.shape, strict=True)):
             raise ValueError(f"a scale of shape {sizes} does not fit codes of shape {self.shape}")
@@ -52,16 +57,17 @@ class ScaledCodes:
         return ScaledCodes(self.codes[..., chosen, :], scale, self.dtype)
 
     def decode_into(self, out: Tensor) -> None:
-        """Write the tensor to `out`, of this shape; in its own dtype without other memory of its size."""
-        if out.dtype != self.dtype:
+        """Write the tensor to `out`, of this shape; a float32 one takes no other memory of its size."""
+        if out.dtype != self.dtype or out.dtype.itemsize == 1:
             out.copy_(self.decoded())
             return
-        out.copy_(self.codes).mul_(self.scale.to(out.device))  # a code has so few bits that every dtype holds it
+        codes, scale = self.codes.to(out.device), self.scale.to(out.device)  # codes travel, not what they stand for
+        out.copy_(codes).mul_(scale)  # every dtype of two bytes holds a code exactly
 
     def decoded(self) -> Tensor:
-        made = torch.empty(self.shape, dtype=self.dtype, device=self.codes.device)
-        self.decode_into(made)
-        return made
+        working = torch.float32 if self.dtype.itemsize == 1 else self.dtype
+        made = torch.empty(self.shape, dtype=working, device=self.codes.device)
+        return made.copy_(self.codes).mul_(self.scale).to(self.dtype)
 
 
 Latent: TypeAlias = Tensor | ScaledCodes

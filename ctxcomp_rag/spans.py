@@ -44,7 +44,8 @@ class _LatentField:
             raise AttributeError(self.name)  # a dataclass asks for a default: there is none
         held: Latent = span.__dict__[self.name]
         if isinstance(held, ScaledCodes):
-            held = span.__dict__[self.name] = held.decoded()
+            with torch.inference_mode(False):  # it stays, and may be asked for again where gradients are wanted
+                held = span.__dict__[self.name] = held.decoded()
         return held
 
     def __set__(self, span: MemorySpan, value: Latent) -> None:

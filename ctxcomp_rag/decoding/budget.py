@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -126,6 +127,8 @@ class BoundedPrompt:
             self._pot.distil(min(self.keep, self._pot.size))
 
     def _read_slots(self, piece: RowsPiece | EntriesPiece, each: Callable[[Tensor], None] | None) -> None:
+        if isinstance(piece, RowsPiece):
+            piece = replace(piece, embeds=decoded(piece.embeds))  # once, not at every step
         positions = piece.span.positions if isinstance(piece, EntriesPiece) else piece.positions
         n, begin, start = positions.numel(), 0, 0
         while begin < n:

@@ -251,10 +251,11 @@ class _Layout:
     def _check_entries(self, span: KVSpan) -> None:
         b = self.backbone
         expected = (int(b.config.num_hidden_layers), b.num_kv_heads, span.num_slots, b.head_dim)
-        shape = tuple(span.held("keys").shape)
-        if shape != expected:
-            raise IncompatibleSpanError(f"span {span.chunk_id!r} holds keys of shape {shape}, the "
-                                        f"decoder {b.model_id!r} reads {expected} (layers, kv heads, slots, head size)")
+        for name in ("keys", "values"):
+            shape = tuple(span.held(name).shape)
+            if shape != expected:
+                raise IncompatibleSpanError(f"span {span.chunk_id!r} holds {name} of shape {shape}, the decoder "
+                                            f"{b.model_id!r} reads {expected} (layers, kv heads, slots, head size)")
         require_full_attention(b.config)
 
     def finish(self) -> Layout:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.codes import ScaledCodes
-from ctxcomp_rag.decoding import Blended, Part, TokenIds, splice
+from ctxcomp_rag.decoding import Blended, FrozenDecoder, Part, TokenIds, splice
 from ctxcomp_rag.decoding.batching import prefill
+from ctxcomp_rag.errors import IncompatibleSpanError
 from ctxcomp_rag.index.codecs import CODECS
 from ctxcomp_rag.index.rows import span_from_bytes, span_to_bytes
 from ctxcomp_rag.spans import KVSpan, MemorySpan, SoftSpan
@@ -61,6 +62,10 @@ def test_decoding_into_a_buffer_is_the_product_rounded_once(codec: str, dtype: t
     assert torch.equal(buffer[:, 1:8], expected)
     assert bool((buffer[:, [0, 8]] == 5).all())
     assert torch.equal(codes[2].decoded(), expected[2])
+    assert torch.equal(codes.decoded(), expected)
+    other = torch.empty(3, 7, 16, dtype=torch.float64)
+    codes.decode_into(other)
+    assert torch.equal(other, expected.double()), "another dtype gets the tensor as it is in its own"
     assert torch.equal(codes.rows(torch.tensor([1, 4])).decoded(), expected[:, [1, 4]])
 
 
@@ -119,6 +124,33 @@ def test_the_first_slots_of_a_nested_span_are_taken_from_its_codes() -> None:
     assert torch.equal(first.embeds, span.embeds[[0, 2, 5]])
 
 
+def test_a_span_first_asked_for_in_inference_mode_serves_gradients_later() -> None:
+    span: Any = stored(soft(tiny_backbone("llama")))
+    with torch.inference_mode():
+        assert not span.embeds.is_inference()
+    scale = torch.ones((), requires_grad=True)
+    (span.embeds * scale).sum().backward()
+    torch.testing.assert_close(scale.grad, span.embeds.sum())
+
+
+def test_a_bounded_cache_reads_codes_as_it_reads_tensors() -> None:
+    backbone = tiny_backbone("llama")
+    decoder = FrozenDecoder(backbone, cache_budget=64)
+    for span in (stored(soft(backbone)), stored(kv(backbone))):
+        read = decoder.generate([TokenIds((1, 2)), span, TokenIds((9, 4))])
+        tensors = decoder.generate([TokenIds((1, 2)), with_tensors(span), TokenIds((9, 4))])
+        assert read.token_ids == tensors.token_ids
+
+
+def test_values_of_another_size_are_refused_as_keys_are() -> None:
+    backbone = tiny_backbone("llama")
+    span = kv(backbone)
+    narrow = replace(span, values=span.values[..., :1].clone())
+    for given in (narrow, stored(narrow)):
+        with pytest.raises(IncompatibleSpanError, match=r"holds values of shape .*, 1\), the decoder"):
+            splice([given, TokenIds((9, 4))], backbone)
+
+
 def test_sizes_are_those_of_the_tensors() -> None:
     backbone = tiny_backbone("llama")
     for span in (soft(backbone), kv(backbone)):
@@ -133,5 +165,8 @@ def test_codes_that_are_not_of_the_span_are_refused_when_it_is_read() -> None:
     pieces = CODECS["int8"].encode(other.embeds, "embeds")
     with pytest.raises(ValueError, match=r"codes of shape \(7, \d+\) stand for a tensor of shape \(6, \d+\)"):
         CODECS["int8"].read(pieces, "embeds", tuple(span.embeds.shape), torch.float32)
+    for codes, scale in ((pieces["codes"].int(), pieces["scale"]), (pieces["codes"], pieces["scale"].int())):
+        with pytest.raises(ValueError, match=r"expected codes of one byte and a floating point scale, got torch\.int"):
+            ScaledCodes(codes, scale, torch.float32)
     with pytest.raises(ValueError, match=r"a scale of shape \(1, 4\) does not fit codes of shape \(7, \d+\)"):
         ScaledCodes(pieces["codes"], torch.ones(1, 4), torch.float32)
