@@ -17,7 +17,6 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from ctxcomp_rag.decoding.batching import append
 from ctxcomp_rag.decoding.cache import new_cache
 from ctxcomp_rag.decoding.splice import CachedRun
 from ctxcomp_rag.evaluation.bench.clock import clocked, one_thread
+from ctxcomp_rag.evaluation.bench.offline import timed
 from ctxcomp_rag.evaluation.bench.report import conditions
 from ctxcomp_rag.evaluation.bench.rows import Row, Rows
 from ctxcomp_rag.evaluation.bench.runs import SplicedRun, bare_cache
@@ -43,15 +43,10 @@ ROWS = "soft-4x,soft-16x,soft-64x,prerolled-4x,prerolled-16x,infinipot-kv-4x,inf
 
 
 def milliseconds(work: Callable[[], object], repeats: int = 20) -> float:
-    taken = []
-    for _ in range(repeats + 1):
-        began = time.process_time()
-        work()
-        taken.append(1000 * (time.process_time() - began))
-    return statistics.median(taken[1:])
+    """CPU time, the median; the first time warms up."""
+    return 1000 * statistics.median([timed(work)[1] for _ in range(repeats + 1)][1:])
 
 
-@torch.inference_mode()
 def beside(row: Row, backbone: Backbone) -> float:
     """Milliseconds that a row takes outside the model's pass, over those of its ideal."""
     run = row.start()

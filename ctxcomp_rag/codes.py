@@ -60,14 +60,16 @@ class ScaledCodes:
         """Write the tensor to `out`, of this shape; a float32 one takes no other memory of its size."""
         if out.dtype != self.dtype or out.dtype.itemsize == 1:
             out.copy_(self.decoded())
-            return
-        codes, scale = self.codes.to(out.device), self.scale.to(out.device)  # codes travel, not what they stand for
-        out.copy_(codes).mul_(scale)  # every dtype of two bytes holds a code exactly
+        else:
+            self._multiply(out)
 
     def decoded(self) -> Tensor:
         working = torch.float32 if self.dtype.itemsize == 1 else self.dtype
-        made = torch.empty(self.shape, dtype=working, device=self.codes.device)
-        return made.copy_(self.codes).mul_(self.scale).to(self.dtype)
+        return self._multiply(torch.empty(self.shape, dtype=working, device=self.codes.device)).to(self.dtype)
+
+    def _multiply(self, out: Tensor) -> Tensor:
+        codes, scale = self.codes.to(out.device), self.scale.to(out.device)  # codes travel, not what they stand for
+        return out.copy_(codes).mul_(scale)  # every dtype of two bytes or more holds a code exactly
 
 
 Latent: TypeAlias = Tensor | ScaledCodes

@@ -15,11 +15,12 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cloze import cloze_questions
 from tokenizers import Tokenizer
 
 from ctxcomp_rag.evaluation.fictional import KINDS, NOT_STATED, FictionalDocument, Split, generate_document
 
-MAX_CHUNK = 144
+MAX_CHUNK = 112
 UNRELATED = 0.1  # SQuAD rows that are also asked what they do not answer; at 0.3 the decoder refused 45 % of dev
 BOS, EOS = "<|bos|>", "<|end|>"
 SPECIALS = ("<|pad|>", BOS, EOS, "<|system|>", "<|user|>", "<|assistant|>")
@@ -38,11 +39,16 @@ LAYOUTS = ((NATIVE, 0.72), (_BARE, 0.18), (_LANGCHAIN, 0.07), (_LLAMA_INDEX, 0.0
 
 @dataclass
 class Branch:
-    """Ids after the context; `kind` names the loss: "answer" (with `answer_start`) or "reconstruct"."""
+    """Ids after the context; `kind` names the loss from `answer_start` on: "answer", "cloze" or "reconstruct"."""
 
     ids: list[int]
     answer_start: int
     kind: str
+    stands: tuple[int, int] | None = None  # the part, and its token, at which the context states the answer
+
+    @property
+    def answer(self) -> list[int]:
+        return self.ids[self.answer_start : -1]
 
 
 @dataclass
@@ -50,8 +56,19 @@ class Row:
     prefix: list[int]
     parts: list[tuple[list[int], float | None]]  # (source ids, compression factor; None = as text)
     branches: list[Branch] = field(default_factory=list)
-    language_model: float = 0.0  # weight of the next-token loss over the text parts
+    language_model: bool = False  # whether the next token of the text parts is asked for
     source: str = ""
+
+    def find_answers(self) -> None:
+        """Where each answer stands, if it stands in one place only."""
+        for branch in self.branches:
+            if branch.kind != "reconstruct" and branch.stands is None:
+                found = [(k, i) for k, (ids, _) in enumerate(self.parts) for i in occurrences(branch.answer, ids)]
+                branch.stands = found[0] if len(found) == 1 else None
+
+
+def occurrences(sought: list[int], ids: list[int]) -> list[int]:
+    return [i for i, token in enumerate(ids) if token == sought[0] and ids[i : i + len(sought)] == sought]
 
 
 @dataclass
@@ -138,6 +155,11 @@ class Corpus:
             questions.append((qa["question"].strip(), answer["text"], first, last))
         return Passage(enc.ids, starts, ends, _token_sentences(text, starts), questions, article)
 
+    def cloze_branches(self, rng: random.Random, ids: list[int], count: int, middle: str) -> list[Branch]:
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return [replace(self.question(self.ids(middle.replace("{q}", question)), self.answer_ids(answer)), kind="cloze")
+                for question, answer in cloze_questions(rng, text, count)]
+
     # -- documents -------------------------------------------------------------------------------------------------
 
     def fictional(self, rng: random.Random, kind: str | None = None) -> tuple[list[int], FictionalDocument]:
@@ -183,8 +205,8 @@ class Corpus:
     def question(self, before: list[int], answer: list[int]) -> Branch:
         return Branch([*before, *answer, self.eos], len(before), "answer")
 
-    def squad_window(self, rng: random.Random, passage: Passage) -> tuple[list[int], list[tuple[str, str]]]:
-        """A window of at most MAX_CHUNK tokens, begun at a sentence, with the questions it answers."""
+    def squad_window(self, rng: random.Random, passage: Passage) -> tuple[list[int], list[tuple[str, str, int]]]:
+        """A window of at most MAX_CHUNK tokens, begun at a sentence; the questions it answers, and at which token."""
         length = rng.choice((MAX_CHUNK, MAX_CHUNK, rng.randint(40, MAX_CHUNK)))
         _, _, first, last = rng.choice(passage.questions)
         begins = [s for s in passage.sentences if s <= first and last < s + length] or [max(0, last + 1 - length)]
@@ -193,7 +215,7 @@ class Corpus:
         stops = [s for s in passage.sentences if last < s <= end]
         if end < len(passage.ids) and stops:
             end = stops[-1]
-        pairs = [(q, a) for q, a, f, z in passage.questions if begin <= f and z < end]
+        pairs = [(q, a, f - begin) for q, a, f, z in passage.questions if begin <= f and z < end]
         return passage.ids[begin:end], pairs
 
     def wiki_window(self, rng: random.Random) -> list[int]:
@@ -208,7 +230,7 @@ class Corpus:
         return rng.choices([x for x, _ in self.layouts], [w for _, w in self.layouts])[0]
 
     def reconstruction(self, ids: list[int], autoencode_id: int) -> Branch:
-        return Branch([autoencode_id, *ids, self.eos], 1, "reconstruct")
+        return Branch([autoencode_id, *ids, self.eos], 1, "reconstruct", stands=(0, 0))
 
     def random_row(self, rng: random.Random, factor: float | None, autoencode_id: int, longest: int = 64) -> Row:
         """Random tokens to repeat: nothing but the context can tell what they were."""
@@ -218,27 +240,33 @@ class Corpus:
     def single_row(self, rng: random.Random, source: str, factor: float | None, autoencode_id: int) -> Row:
         """One document: questions, and with slots its reconstruction."""
         prefix, middle = self.layout(rng)
-        row = Row(prefix, [], source=source, language_model=0.0 if factor else (0.1 if source == "fictional" else 1.0))
+        row = Row(prefix, [], source=source)
+        if not factor:
+            row.language_model = source == "fictional" or rng.random() < 0.5
         if source == "fictional":
             ids, document = self.fictional(rng)
             row.branches = self.fictional_branches(rng, document, 6, middle)
         elif source == "squad":
             passage = self.squad[rng.choice(self.answerable)]
             ids, pairs = self.squad_window(rng, passage)
-            row.branches = self.squad_branches(rng, pairs, 4, middle)
+            row.branches = self.squad_branches(rng, pairs, 6, middle)
             if rng.random() < UNRELATED:
                 row.branches.append(self.unrelated_question(rng, passage.article, middle))
         else:
             ids = self.wiki_window(rng)
+        if source != "fictional":
+            row.branches += self.cloze_branches(rng, ids, 1 if row.branches else 3, middle)
         row.parts = [(ids, factor)]
         if factor:
             row.branches.append(self.reconstruction(ids, autoencode_id))
+        row.find_answers()
         return row
 
-    def squad_branches(self, rng: random.Random, pairs: list[tuple[str, str]], count: int,
+    def squad_branches(self, rng: random.Random, pairs: list[tuple[str, str, int]], count: int,
                        middle: str) -> list[Branch]:
         chosen = rng.sample(pairs, min(count, len(pairs)))
-        return [self.question(self.ids(middle.replace("{q}", q)), self.answer_ids(a)) for q, a in chosen]
+        return [replace(self.question(self.ids(middle.replace("{q}", q)), self.answer_ids(a)), stands=(0, first))
+                for q, a, first in chosen]
 
     def unrelated_question(self, rng: random.Random, article: int, middle: str) -> Branch:
         other = rng.choice(self.answerable)
@@ -275,7 +303,8 @@ class Corpus:
                 if other is not self.squad[target] or len(siblings) == 1:
                     begin = rng.choice(other.sentences)
                     contents.append(other.ids[begin : begin + rng.randint(40, MAX_CHUNK)])
-            row.branches = self.squad_branches(rng, pairs, 4, middle)
+            row.branches = [replace(b, stands=None) for b in self.squad_branches(rng, pairs, 4, middle)]
         rng.shuffle(contents)
         row.parts = list(zip(contents, factors, strict=True))
+        row.find_answers()
         return row

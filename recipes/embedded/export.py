@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from data import BOS, EOS
-from model import PRESETS, PROJECTIONS, Model, Shape
+from data import BOS, EOS, MAX_CHUNK
+from model import PROJECTIONS, Model, Shape
 from safetensors.torch import load_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -57,10 +57,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="base")
-    parser.add_argument("--segment-tokens", type=int, default=144)
     args = parser.parse_args()
-    shape = PRESETS[args.preset]
+    shape = Shape()
     model = Model(shape)
     tensors = load_file(args.checkpoint)
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
@@ -77,7 +75,7 @@ def main() -> None:
     backbone.model_id = "embedded"
     memory = torch.zeros(4, shape.hidden_size)
     memory[0], memory[1] = model.special[0].detach(), model.special[1].detach()
-    config = ICAEConfig(num_memory_tokens=1, segment_tokens=args.segment_tokens, compression_factor=4.0,
+    config = ICAEConfig(num_memory_tokens=1, segment_tokens=MAX_CHUNK, compression_factor=4.0,
                         slots="proportional", slot_positions="spread", delimiters=("reconstruct",),
                         lora_rank=shape.lora_rank, lora_alpha=shape.lora_alpha, lora_targets=PROJECTIONS)
     compressor = ICAECompressor(backbone, config, memory_tokens=memory)

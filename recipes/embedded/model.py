@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the decoder and of its compressor."""
+    """Sizes of the decoder and of its compressor. Smaller heads copy worse: what a head carries has to name a token."""
 
-    vocab_size: int = 2048
+    vocab_size: int = 4096
     hidden_size: int = 256
-    num_layers: int = 5
+    num_layers: int = 6
     num_heads: int = 4
     intermediate_size: int = 704
     max_positions: int = 2048
@@ -33,14 +33,6 @@ class Shape:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
-
-PRESETS = {
-    # what two cores without bf16 instructions train in about an hour; home ground first, little English
-    "small": Shape(vocab_size=1024, hidden_size=192, num_layers=4, num_heads=6, intermediate_size=512),
-    "base": Shape(),
-    # what `grow.py` makes of "small"
-    "wide": Shape(vocab_size=1024, hidden_size=256, num_layers=6, num_heads=8, intermediate_size=704),
-}
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -72,7 +64,9 @@ class Block(nn.Module):
         qkv = torch.cat([w["q_proj"], w["k_proj"], w["v_proj"]])
         return qkv, w["o_proj"], torch.cat([w["gate_proj"], w["up_proj"]]), w["down_proj"]
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, encoder: bool) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, encoder: bool,
+                tap: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """`tap` takes the queries and keys, each (batch, time, head_dim), of the first head."""
         s = self.shape
         qkv_w, o_w, gate_up_w, down_w = self.matrices(encoder)
         b, t, d = x.shape
@@ -83,6 +77,8 @@ class Block(nn.Module):
         rotated = torch.cat([-qk[..., half:], qk[..., :half]], dim=-1)
         qk = qk * cos + rotated * sin
         q, k, v = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+        if tap is not None:
+            tap.append((q[:, 0], k[:, 0]))
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         x = x + F.linear(a.transpose(1, 2).reshape(b, t, d), o_w)
         h = F.rms_norm(x, (d,), self.post_norm, s.rms_norm_eps)
@@ -106,11 +102,12 @@ class Model(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def run(self, x: Tensor, positions: Tensor, mask: Tensor | None, encoder: bool) -> Tensor:
+    def run(self, x: Tensor, positions: Tensor, mask: Tensor | None, encoder: bool,
+            tap: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
         cos = self.cos[positions][:, :, None, None, :]
         sin = self.sin[positions][:, :, None, None, :]
         for block in self.blocks:
-            x = block(x, cos, sin, mask, encoder)
+            x = block(x, cos, sin, mask, encoder, tap if block is self.blocks[-2] else None)
         return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.shape.rms_norm_eps)
 
     def encode(self, ids: Tensor, positions: Tensor, slot_rows: Tensor, slot_columns: Tensor) -> Tensor:
@@ -120,12 +117,14 @@ class Model(nn.Module):
         return hidden[slot_rows, slot_columns]
 
     def decode(self, ids: Tensor, slots: Tensor, is_slot: Tensor, slot_index: Tensor,
-               positions: Tensor, mask: Tensor, where: tuple[Tensor, Tensor]) -> Tensor:
-        """Logits (num_labels, vocab) at `where`; id vocab_size + 1 is [AE]; slots enter where `is_slot`."""
+               positions: Tensor, mask: Tensor, where: tuple[Tensor, Tensor],
+               tap: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """Logits (num_labels, vocab) at `where`; id vocab_size + 1 is [AE]; slots enter where `is_slot`; for `tap`,
+        of the last layer but one, see Block."""
         x = F.embedding(ids, torch.cat([self.embed, self.special]))
         if slots.shape[0]:
             x = torch.where(is_slot[..., None], slots[slot_index], x)
-        hidden = self.run(x, positions, mask, encoder=False)[where]
+        hidden = self.run(x, positions, mask, encoder=False, tap=tap)[where]
         return F.linear(hidden, self.embed)
 
     def compressor_parameters(self) -> list[nn.Parameter]:

@@ -1,9 +1,8 @@
 """Train the embedded decoder and its ICAE compressor from scratch. Resumable: run the same command again.
 
-Stages: `text` (language model + questions) -> `reading` (for weights that read slots already: mostly SQuAD and
-Wikipedia as text) -> `joint` (the same weights also read slots) -> `compressor` (decoder frozen, LoRA + memory token +
-[AE] go on). Each ends with a linear decay of the learning rate where the stage says so; checkpoints carry weights,
-optimizer state and the step, and data depend on (seed, step) only.
+Stages: `text` (language model + questions) -> `joint` (the same weights also read slots) -> `compressor` (decoder
+frozen, LoRA + memory token + [AE] go on). The learning rate of the last two falls to nothing; checkpoints carry
+weights, optimizer state and the step, and data depend on (seed, step) only.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ import math
 import os
 import random
 import time
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from data import SPECIALS, Corpus, Row, read_lines, read_squad
-from model import PRESETS, Model
+from model import Model, Shape
 from parallel import share, spread, start, sum_gradients, total
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,8 +30,9 @@ from torch import Tensor
 from ctxcomp_rag.evaluation.fictional import generate_document
 from ctxcomp_rag.training.muon import Muon
 
-STAGES = ("text", "reading", "joint", "compressor")
+STAGES = ("text", "joint", "compressor")
 COMPRESSOR_RATE = 0.2  # learning rate of a compressor that only has to settle on the frozen decoder
+COPYING = 400  # steps until copying has formed
 # Once the curriculum is over: how often a factor is drawn. English at 8x and beyond is out of this model's reach.
 FACTORS = {"fictional": {1: 5, 2: 10, 3: 5, 4: 40, 6: 5, 8: 25, 12: 3, 16: 7},
            "english": {1: 10, 2: 20, 3: 10, 4: 45, 6: 5, 8: 10}}
@@ -41,16 +42,15 @@ FACTORS = {"fictional": {1: 5, 2: 10, 3: 5, 4: 40, 6: 5, 8: 25, 12: 3, 16: 7},
 class Schedule:
     """Steps of each stage and where its learning rate starts to fall (share of the stage)."""
 
-    text: int = 700
-    reading: int = 0
-    joint: int = 2900
-    compressor: int = 500
+    text: int = 2600
+    joint: int = 3000
+    compressor: int = 600
     decay_from: float = 0.5
     muon_lr: float = 2e-3
     adam_lr: float = 3e-3
     warmup: int = 60
     max_factor: float = 16.0
-    curriculum: float = 0.6
+    curriculum: float = 0.4
 
     def learning_rate(self, stage: str, step: int) -> float:
         total = getattr(self, stage)
@@ -97,6 +97,11 @@ def num_slots(length: int, factor: float) -> int:
 def slot_places(length: int, slots: int) -> list[int]:
     """Slot j sits on the last token of the j-th of `slots` equal pieces of the text."""
     return [max(1, (j + 1) * length // slots) - 1 for j in range(slots)]
+
+
+def slot_of(token: int, length: int, slots: int) -> int:
+    """The slot in whose piece of the text a token lies."""
+    return -(-(token + 1) * slots // length) - 1
 
 
 def padded(rows: list[list[int]], value: int = 0) -> Tensor:
@@ -146,6 +151,7 @@ class Flat:
     slot: list[int]  # index into the slot table, -1 for text
     targets: list[tuple[int, int, str, int]]  # (column, label, loss kind, branch)
     source: str
+    points: list[tuple[int, int, str]] = field(default_factory=list)  # a column, and the one it copies from
 
 
 def split_branches(row: Row) -> list[Row]:
@@ -160,6 +166,7 @@ def split_branches(row: Row) -> list[Row]:
 def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat:
     flat = Flat([], [], [], [], [], row.source)
     place = 0
+    begins: list[int] = []
     text_columns: list[tuple[int, int]] = []
 
     def add_text(ids: list[int], labelled: bool = False) -> None:
@@ -177,8 +184,9 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
     for k, (ids, factor) in enumerate(row.parts):
         if k:
             add_text(separator)
+        begins.append(len(flat.ids))
         if factor is None:
-            add_text(ids, labelled=row.language_model > 0)
+            add_text(ids, labelled=row.language_model)
             continue
         count = num_slots(len(ids), factor)
         for j, p in enumerate(slot_places(len(ids), count)):
@@ -197,15 +205,39 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
         flat.slot += [-1] * len(branch.ids)
         for i in range(1, len(branch.ids)):
             loss = branch.kind if i >= branch.answer_start else "question"
+            if loss == "question" and branch.kind == "cloze":
+                continue
             if loss == "answer" and row.source.startswith("fictional"):
                 loss = {"fictional-several": "answer-several", "fictional-short": "answer-short"}.get(
                     row.source, "answer-home")
             flat.targets.append((base + i - 1, branch.ids[i], loss, number))
+        if branch.stands is not None:
+            part, first = branch.stands
+            ids, factor = row.parts[part]
+            for n, token in enumerate(branch.answer):
+                if n and ids[first + n : first + n + 1] != [token]:
+                    break
+                held = first + n if factor is None else slot_of(first + n, len(ids), num_slots(len(ids), factor))
+                kind = "follow" if branch.kind == "reconstruct" else "point"
+                flat.points.append((base + branch.answer_start + n - 1, begins[part] + held, kind))
     return flat
 
 
-WEIGHTS = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 0.6, "reconstruct": 1.0,
-           "question": 0.1, "lm": 0.3, "lm-home": 0.3}
+POINTING = {"point": 0.5, "follow": 0.3}  # where answers stand; where a reconstruction is read
+WEIGHTS = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 1.5, "cloze": 0.5,
+           "reconstruct": 1.0, "question": 0.2, "lm": 0.3, "lm-home": 0.3, **POINTING}
+
+
+def pointing_loss(tapped: tuple[Tensor, Tensor], see: Tensor, points: list[tuple[int, int, int]]) -> Tensor:
+    """Sum over (row, column, target) of the cross-entropy of one head's attention: a column that predicts a token which
+    the context states has to look at where it stands, or at the slot that holds it.
+
+    A guide for the head that copies: an answer says which token comes next, and not where it was to be read.
+    """
+    row, column, target = torch.tensor(points).unbind(1)
+    queries, keys = tapped
+    scores = torch.einsum("nd,ntd->nt", queries[row, column], keys[row]) * queries.shape[-1] ** -0.5
+    return F.cross_entropy(scores.masked_fill(~see[row, column], -1e9), target, reduction="sum")
 
 
 def naming_loss(model: Model, spans: list[tuple[list[int], float]], slots: Tensor) -> Tensor:
@@ -253,8 +285,8 @@ def forward(model: Model, rows: list[Row], separator: list[int], budget: int = 1
                 at += 1
         flats += [lay_out(r, separator, mine) for r in split_branches(row)]
     kinds = sorted(WEIGHTS)
-    counted = total(torch.tensor([float(sum(t[2] == k for f in flats for t in f.targets)) for k in kinds]
-                                 + [float(len(slots))]))
+    kind_counts = Counter(t[2] for f in flats for t in (*f.targets, *f.points))
+    counted = total(torch.tensor([float(kind_counts[k]) for k in kinds] + [float(len(slots))]))
     totals = dict(zip(kinds, map(int, counted.tolist()), strict=False))
     loss = torch.zeros(())
     if naming and len(slots):
@@ -275,13 +307,21 @@ def forward(model: Model, rows: list[Row], separator: list[int], budget: int = 1
         column = torch.tensor([t[0] for f in batch for t in f.targets])
         labels = torch.tensor([t[1] for f in batch for t in f.targets])
         kind_of = torch.tensor([kinds.index(t[2]) for f in batch for t in f.targets])
-        logits = model.decode(ids, slots, slot >= 0, slot.clamp(min=0), places, bias[:, None], (row_of, column))
+        tap: list[tuple[Tensor, Tensor]] = []
+        logits = model.decode(ids, slots, slot >= 0, slot.clamp(min=0), places, bias[:, None], (row_of, column), tap)
+        for kind in POINTING:
+            points = [(r, c, t) for r, f in enumerate(batch) for c, t, k in f.points if k == kind]
+            if points:
+                pointed = pointing_loss(tap[0], see, points)
+                loss = loss + pointed * (WEIGHTS[kind] / totals[kind])
+                sums[kind] += float(pointed.detach())
         each = F.cross_entropy(logits, labels, reduction="none")
         weight = torch.tensor([WEIGHTS[k] / max(1, totals[k]) for k in kinds])[kind_of]
         loss = loss + (each * weight).sum()
         with torch.no_grad():
             for i, k in enumerate(kinds):
-                sums[k] += float(each[kind_of == i].sum())
+                if k not in POINTING:
+                    sums[k] += float(each[kind_of == i].sum())
             right = logits.argmax(-1) == labels
             flags: dict[tuple[int, int], bool] = {}
             for r, t, ok in zip(row_of.tolist(), [t for f in batch for t in f.targets], right.tolist(), strict=True):
@@ -304,16 +344,16 @@ def draw_factor(rng: random.Random, source: str, progress: float, limit: float) 
 
 
 # Rows of one step by stage: one document as text, one as slots, several documents as text, as slots or as both.
-MIX = {"text": ({"fictional": 10}, {}, {"fictional": 4}),
-       "joint": ({"fictional": 1, "squad": 3, "wiki": 1}, {"fictional": 5, "squad": 3, "wiki": 2},
-                 {"fictional": 3, "squad": 1}),
-       "reading": ({"fictional": 1, "squad": 8, "wiki": 2}, {"fictional": 2, "squad": 1}, {"fictional": 1}),
+MIX = {"text": ({"fictional": 2, "squad": 9, "wiki": 2}, {}, {"fictional": 1, "squad": 1}),
+       "joint": ({"fictional": 1, "squad": 5}, {"fictional": 4, "squad": 4, "wiki": 1},
+                 {"fictional": 2, "squad": 1}),
        "compressor": ({}, {"fictional": 5, "squad": 3, "wiki": 2}, {"fictional": 3, "squad": 1})}
 
 
 def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, scale: float, vocab: int,
-              max_factor: float, english: float) -> list[Row]:
-    """The rows of one step. `english` is the share of steps that take each of the English rows in."""
+              max_factor: float, english: float, copies: int) -> list[Row]:
+    """The rows of one step. `english` is the share of steps that take each of the English rows in; `copies` is how many
+    random strings the text stage repeats."""
     ae = vocab + 1
 
     def drawn(mix: dict[str, int]) -> list[str]:
@@ -333,8 +373,8 @@ def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, s
              for source in drawn(slots)]
     if stage == "text" or progress > 0.15:
         rows += [several(source) for source in drawn(together)]
-    if stage == "text":  # copying forms on these first
-        rows += [corpus.random_row(rng, None, ae, 24) for _ in range(max(1, round(8 * scale)))]
+    if stage == "text":
+        rows += [corpus.random_row(rng, None, ae, 24) for _ in range(max(1, round(copies * scale)))]
     elif progress < 0.5:
         rows += [corpus.random_row(rng, rng.uniform(1, 2), ae) for _ in range(max(1, round(2 * scale)))]
     return rows
@@ -419,7 +459,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with squad-*.json.xz and wiki-*.jsonl.xz")
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer, checkpoints and log")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="base", help="sizes of the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="rows per step, relative to the default")
     parser.add_argument("--english", type=float, default=1.0, help="share of steps with each of the English rows")
@@ -428,12 +467,11 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--evaluate-every", type=int, default=250)
     parser.add_argument("--save-every", type=int, default=50)
-    parser.add_argument("--init-from", type=Path, help="start after the text stage, from these weights")
     args = parser.parse_args()
     rank, world = start()
     schedule = Schedule(**{name: getattr(args, name) for name in asdict(Schedule())})
     args.out.mkdir(parents=True, exist_ok=True)
-    shape = PRESETS[args.preset]
+    shape = Shape()
     tokenizer_path = args.out / "tokenizer.json"
     if not tokenizer_path.exists():
         train_tokenizer(args.data, shape.vocab_size).save(str(tokenizer_path))
@@ -453,9 +491,6 @@ def main() -> None:
         start_stage, start_step = state["stage"], state["step"]
         optimizers = make_optimizers(model, start_stage, schedule)
         load(model, optimizers, checkpoint)
-    elif args.init_from:
-        load(model, None, args.init_from)
-        start_stage = "reading"
     for stage in STAGES[STAGES.index(start_stage):]:
         if stage != start_stage or optimizers is None:
             optimizers = make_optimizers(model, stage, schedule)
@@ -464,7 +499,7 @@ def main() -> None:
         for step in range(start_step if stage == start_stage else 0, steps):
             rng = random.Random(f"{args.seed}/{stage}/{step}")
             rows = step_rows(corpus, stage, rng, schedule.progress(stage, step), args.scale,
-                             shape.vocab_size, schedule.max_factor, args.english)
+                             shape.vocab_size, schedule.max_factor, args.english, 8 if step < COPYING else 2)
             scale = schedule.learning_rate(stage, step)
             for optimizer, rate in zip(optimizers, (schedule.muon_lr, schedule.adam_lr), strict=True):
                 optimizer.param_groups[0]["lr"] = rate * scale
