@@ -134,6 +134,13 @@ class Corpus:
         self.separator = self.ids("\n\n")
         self.not_stated = self.answer_ids(NOT_STATED)
 
+    def texts(self, rng: random.Random, documents: int = 20000) -> list[list[int]]:
+        """All texts once, with as many generated documents, to count in."""
+        generated = [generate_document(rng, self.split).text for _ in range(documents)]
+        asked = [question for p in self.squad for question, *_ in p.questions]
+        encoded = self.tokenizer.encode_batch(generated + asked, add_special_tokens=False)
+        return [p.ids for p in self.squad] + self.wiki + [e.ids for e in encoded]
+
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
 

@@ -107,7 +107,7 @@ class Model(nn.Module):
         cos = self.cos[positions][:, :, None, None, :]
         sin = self.sin[positions][:, :, None, None, :]
         for block in self.blocks:
-            x = block(x, cos, sin, mask, encoder, tap if block is self.blocks[-2] else None)
+            x = block(x, cos, sin, mask, encoder, tap)
         return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.shape.rms_norm_eps)
 
     def encode(self, ids: Tensor, positions: Tensor, slot_rows: Tensor, slot_columns: Tensor) -> Tensor:
@@ -119,8 +119,8 @@ class Model(nn.Module):
     def decode(self, ids: Tensor, slots: Tensor, is_slot: Tensor, slot_index: Tensor,
                positions: Tensor, mask: Tensor, where: tuple[Tensor, Tensor],
                tap: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Logits (num_labels, vocab) at `where`; id vocab_size + 1 is [AE]; slots enter where `is_slot`; for `tap`,
-        of the last layer but one, see Block."""
+        """Logits (num_labels, vocab) at `where`; id vocab_size + 1 is [AE]; slots enter where `is_slot`; `tap`
+        takes what Block says, of every layer."""
         x = F.embedding(ids, torch.cat([self.embed, self.special]))
         if slots.shape[0]:
             x = torch.where(is_slot[..., None], slots[slot_index], x)

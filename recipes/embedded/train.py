@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from cooccurrence import embeddings_from_counts
 from data import SPECIALS, Corpus, Row, read_lines, read_squad
 from model import Model, Shape
 from parallel import share, spread, start, sum_gradients, total
@@ -32,6 +33,7 @@ from ctxcomp_rag.training.muon import Muon
 
 STAGES = ("text", "joint", "compressor")
 COMPRESSOR_RATE = 0.2  # learning rate of a compressor that only has to settle on the frozen decoder
+EMBEDDING_NORM = 0.32
 COPYING = 400  # steps until copying has formed
 # Once the curriculum is over: how often a factor is drawn. English at 8x and beyond is out of this model's reach.
 FACTORS = {"fictional": {1: 5, 2: 10, 3: 5, 4: 40, 6: 5, 8: 25, 12: 3, 16: 7},
@@ -151,7 +153,7 @@ class Flat:
     slot: list[int]  # index into the slot table, -1 for text
     targets: list[tuple[int, int, str, int]]  # (column, label, loss kind, branch)
     source: str
-    points: list[tuple[int, int, str]] = field(default_factory=list)  # a column, and the one it copies from
+    points: list[tuple[int, tuple[int, ...], str]] = field(default_factory=list)  # a column, where to look, loss kind
 
 
 def split_branches(row: Row) -> list[Row]:
@@ -168,6 +170,7 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
     place = 0
     begins: list[int] = []
     text_columns: list[tuple[int, int]] = []
+    columns: dict[int, list[int]] = {}  # where the context holds a token
 
     def add_text(ids: list[int], labelled: bool = False) -> None:
         nonlocal place
@@ -185,10 +188,12 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
         if k:
             add_text(separator)
         begins.append(len(flat.ids))
+        count = num_slots(len(ids), factor or 1)
+        for n, token in enumerate(ids):
+            columns.setdefault(token, []).append(begins[k] + (slot_of(n, len(ids), count) if factor else n))
         if factor is None:
             add_text(ids, labelled=row.language_model)
             continue
-        count = num_slots(len(ids), factor)
         for j, p in enumerate(slot_places(len(ids), count)):
             flat.ids.append(0)
             flat.places.append(place + p)
@@ -211,6 +216,9 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
                 loss = {"fictional-several": "answer-several", "fictional-short": "answer-short"}.get(
                     row.source, "answer-home")
             flat.targets.append((base + i - 1, branch.ids[i], loss, number))
+        asked = branch.ids[: branch.answer_start] if branch.kind != "reconstruct" else []
+        flat.points += [(base + i, tuple(columns[token]), "match") for i, token in enumerate(asked)
+                        if 0 < len(columns.get(token, ())) <= FEW]
         if branch.stands is not None:
             part, first = branch.stands
             ids, factor = row.parts[part]
@@ -218,26 +226,33 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
                 if n and ids[first + n : first + n + 1] != [token]:
                     break
                 held = first + n if factor is None else slot_of(first + n, len(ids), num_slots(len(ids), factor))
-                kind = "follow" if branch.kind == "reconstruct" else "point"
-                flat.points.append((base + branch.answer_start + n - 1, begins[part] + held, kind))
+                kind = "follow" if n or branch.kind == "reconstruct" else "point"
+                flat.points.append((base + branch.answer_start + n - 1, (begins[part] + held,), kind))
     return flat
 
 
-POINTING = {"point": 0.5, "follow": 0.3}  # where answers stand; where a reconstruction is read
+# The losses that tell the first head of a block where to look, and that block: a token of a question, where the context
+# has the same one; the first token of an answer, where the context states it; further tokens, where they are read.
+POINTING = {"match": 0.2, "point": 0.7, "follow": 0.3}
+HEADS = {"match": 1, "point": -2, "follow": -2}
+FEW = 2  # a token that the context has more often says little
 WEIGHTS = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 1.5, "cloze": 0.5,
            "reconstruct": 1.0, "question": 0.2, "lm": 0.3, "lm-home": 0.3, **POINTING}
 
 
-def pointing_loss(tapped: tuple[Tensor, Tensor], see: Tensor, points: list[tuple[int, int, int]]) -> Tensor:
-    """Sum over (row, column, target) of the cross-entropy of one head's attention: a column that predicts a token which
-    the context states has to look at where it stands, or at the slot that holds it.
+def pointing_loss(tapped: tuple[Tensor, Tensor], see: Tensor, points: list[tuple[int, int, tuple[int, ...]]]) -> Tensor:
+    """Sum over (row, column, targets) of -log of what one head's attention lays on the targets: a column that predicts
+    a token which the context states has to look at where it stands, or at the slot that holds it.
 
-    A guide for the head that copies: an answer says which token comes next, and not where it was to be read.
+    A guide for the heads that match and copy: an answer says which token comes next, and not where it was to be read.
     """
-    row, column, target = torch.tensor(points).unbind(1)
     queries, keys = tapped
+    row, column = (torch.tensor([p[i] for p in points]) for i in (0, 1))
     scores = torch.einsum("nd,ntd->nt", queries[row, column], keys[row]) * queries.shape[-1] ** -0.5
-    return F.cross_entropy(scores.masked_fill(~see[row, column], -1e9), target, reduction="sum")
+    there = torch.zeros(scores.shape, dtype=torch.bool)
+    there[[n for n, p in enumerate(points) for _ in p[2]], [t for p in points for t in p[2]]] = True
+    scores = scores.masked_fill(~see[row, column], -1e9)
+    return (scores.logsumexp(1) - scores.masked_fill(~there, -1e9).logsumexp(1)).sum()
 
 
 def naming_loss(model: Model, spans: list[tuple[list[int], float]], slots: Tensor) -> Tensor:
@@ -309,10 +324,10 @@ def forward(model: Model, rows: list[Row], separator: list[int], budget: int = 1
         kind_of = torch.tensor([kinds.index(t[2]) for f in batch for t in f.targets])
         tap: list[tuple[Tensor, Tensor]] = []
         logits = model.decode(ids, slots, slot >= 0, slot.clamp(min=0), places, bias[:, None], (row_of, column), tap)
-        for kind in POINTING:
+        for kind, block in HEADS.items():
             points = [(r, c, t) for r, f in enumerate(batch) for c, t, k in f.points if k == kind]
             if points:
-                pointed = pointing_loss(tap[0], see, points)
+                pointed = pointing_loss(tap[block], see, points)
                 loss = loss + pointed * (WEIGHTS[kind] / totals[kind])
                 sums[kind] += float(pointed.detach())
         each = F.cross_entropy(logits, labels, reduction="none")
@@ -480,9 +495,12 @@ def main() -> None:
     held_out = Corpus(tokenizer, args.data, 0, squad="dev")
     torch.manual_seed(args.seed)
     model = Model(shape)
+    checkpoint = args.out / "checkpoint.safetensors"
+    if not checkpoint.exists():
+        model.embed.data = embeddings_from_counts(corpus.texts(random.Random(args.seed)), shape.vocab_size,
+                                                  shape.hidden_size, EMBEDDING_NORM)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{sum(p.numel() for p in model.compressor_parameters()):,} of them in the compressor", flush=True)
-    checkpoint = args.out / "checkpoint.safetensors"
     start_stage, start_step = STAGES[0], 0
     optimizers = None
     if checkpoint.exists():

@@ -74,24 +74,35 @@ def test_a_question_branch_scores_as_a_prompt_of_its_own(recipe: ModuleType, mod
     assert outcome.counts["answer"] == 3 + 3
 
 
-def test_where_an_answer_stands_is_asked_of_one_head(recipe: ModuleType, model: torch.nn.Module) -> None:
-    """The loss is that of the exported decoder's own attention: last layer but one, first head."""
+def test_where_to_look_is_asked_of_the_exported_decoders_own_attention(recipe: ModuleType,
+                                                                       model: torch.nn.Module) -> None:
+    """First head; of the second layer for words of the question, of the last but one for the answer."""
     sys.path.insert(0, str(RECIPE))
     import export
     from data import Branch, Row
 
     rng = random.Random(3)
-    context = rng.sample(range(10, 90), 9)
+    context = rng.sample(range(10, 90), 7)
+    context += [context[1], 9, 9, 9]  # one token stands twice, one too often to tell anything
     answer = context[4:6]
-    row = Row([1], [(context, None)], [Branch([3, 4, *answer, 2], 2, "answer", stands=(0, 4))])
+    asked = [3, context[1], 9]
+    row = Row([1], [(context, None)], [Branch([*asked, *answer, 2], 3, "answer", stands=(0, 4))])
     llama = export.build_decoder(model, model.shape, {"bos": 1, "eos": 2, "pad": 0})
     llama.set_attn_implementation("eager")
     with torch.no_grad():
         outcome = recipe.forward(model, [row], [3])
-        seen = llama(torch.tensor([[1, *context, 3, 4, *answer, 2]]), output_attentions=True).attentions[-2][0, 0]
-    expected = -float(seen[11, 5].log() + seen[12, 6].log())  # [1] and nine tokens, then 3 and 4: the last predicts
-    assert outcome.sums["point"] == pytest.approx(expected, abs=1e-3)
-    assert outcome.counts["point"] == 2
+        seen = llama(torch.tensor([[1, *context, *asked, *answer, 2]]), output_attentions=True).attentions
+    match, point, follow = seen[1][0, 0, 13, [2, 8]].sum(), seen[-2][0, 0, 14, 5], seen[-2][0, 0, 15, 6]
+    for kind, expected in (("match", match), ("point", point), ("follow", follow)):
+        assert outcome.counts[kind] == 1
+        assert outcome.sums[kind] == pytest.approx(-float(expected.log()), abs=1e-4)
+
+
+def test_a_word_of_the_question_looks_at_the_slot_that_holds_it(recipe: ModuleType) -> None:
+    from data import Branch, Row
+
+    row = Row([1], [([5, 6, 7, 8], 2.0)], [Branch([7, 3, 8, 2], 2, "answer", stands=(0, 3))])
+    assert recipe.lay_out(row, [3], {0: 0}).points == [(3, (2,), "match"), (4, (2,), "point")]
 
 
 def test_a_reconstruction_follows_the_slots_that_hold_its_tokens(recipe: ModuleType) -> None:
@@ -100,7 +111,7 @@ def test_a_reconstruction_follows_the_slots_that_hold_its_tokens(recipe: ModuleT
     row = Row([1], [([7] * 10, 4.0)], [Branch([91, *[7] * 10, 2], 1, "reconstruct", stands=(0, 0))])
     flat = recipe.lay_out(row, [3], {0: 0})
     assert [column for column, _, _ in flat.points] == list(range(4, 14))  # [1], three slots, then [AE]
-    assert [target - 1 for _, target, _ in flat.points] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert [target - 1 for _, (target,), _ in flat.points] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert {kind for _, _, kind in flat.points} == {"follow"}
 
 
@@ -140,6 +151,31 @@ def test_a_cloze_question_lacks_its_answer_which_the_text_states(recipe: ModuleT
         assert question.removesuffix("?").lower() not in text.lower()  # it asks; it does not only repeat
     years = {question.split()[0] for question, answer in pairs if answer == "1777"}
     assert years & {"When", "What"}
+
+
+def test_tokens_in_like_company_get_like_embeddings(recipe: ModuleType) -> None:
+    from cooccurrence import embeddings_from_counts
+
+    rng = random.Random(0)
+    texts = []
+    for _ in range(400):  # 0 to 4 stand between 10 and 11, 5 to 9 between 12 and 13
+        low = rng.random() < 0.5
+        texts.append([10, rng.randrange(5), 11] if low else [12, rng.randrange(5, 10), 13])
+    torch.manual_seed(0)
+    rows = embeddings_from_counts(texts, 14, 8, norm=0.3, share=1.0)
+    assert rows.norm(dim=1).tolist() == pytest.approx([0.3] * 14)
+    alike = rows[:10] @ rows[:10].T / 0.09
+    assert alike[:5, :5].min() > 0.9 and alike[5:, 5:].min() > 0.9
+    assert alike[:5, 5:].max() < 0
+
+
+def test_counts_end_with_the_text(recipe: ModuleType) -> None:
+    from cooccurrence import count_pairs
+
+    next_to, next_but_one, near = count_pairs([[0, 1, 2, 0], [2, 1]], 3)
+    assert next_to.tolist() == [[0, 1, 0], [0, 0, 1], [1, 1, 0]]
+    assert next_but_one.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 0]]
+    assert near.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_slots_sit_on_the_last_token_of_their_piece(recipe: ModuleType) -> None:
