@@ -168,9 +168,8 @@ def split_branches(row: Row) -> list[Row]:
 def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat:
     flat = Flat([], [], [], [], [], row.source)
     place = 0
-    begins: list[int] = []
+    held: list[list[int]] = []  # by part, the column of each of its tokens, or of the slot that holds it
     text_columns: list[tuple[int, int]] = []
-    columns: dict[int, list[int]] = {}  # where the context holds a token
 
     def add_text(ids: list[int], labelled: bool = False) -> None:
         nonlocal place
@@ -187,10 +186,8 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
     for k, (ids, factor) in enumerate(row.parts):
         if k:
             add_text(separator)
-        begins.append(len(flat.ids))
         count = num_slots(len(ids), factor or 1)
-        for n, token in enumerate(ids):
-            columns.setdefault(token, []).append(begins[k] + (slot_of(n, len(ids), count) if factor else n))
+        held.append([len(flat.ids) + (slot_of(n, len(ids), count) if factor else n) for n in range(len(ids))])
         if factor is None:
             add_text(ids, labelled=row.language_model)
             continue
@@ -200,6 +197,10 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
             flat.branch.append(0)
             flat.slot.append(span_starts[k] + j)
         place += len(ids)
+    columns: dict[int, list[int]] = {}
+    for (ids, _), there in zip(row.parts, held, strict=True):
+        for token, column in zip(ids, there, strict=True):
+            columns.setdefault(token, []).append(column)
     kind = "lm-home" if row.source.startswith("fictional") else "lm"
     flat.targets += [(c, t, kind, 0) for c, t in text_columns]
     for number, branch in enumerate(row.branches, 1):
@@ -221,21 +222,25 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
                         if 0 < len(columns.get(token, ())) <= FEW]
         if branch.stands is not None:
             part, first = branch.stands
-            ids, factor = row.parts[part]
+            ids, there = row.parts[part][0], held[part]
+            begin = base + branch.answer_start - 1
             for n, token in enumerate(branch.answer):
                 if n and ids[first + n : first + n + 1] != [token]:
                     break
-                held = first + n if factor is None else slot_of(first + n, len(ids), num_slots(len(ids), factor))
                 kind = "follow" if n or branch.kind == "reconstruct" else "point"
-                flat.points.append((base + branch.answer_start + n - 1, (begins[part] + held,), kind))
+                flat.points.append((begin + n, (there[first + n],), kind))
+            if branch.kind != "reconstruct":
+                near = there[max(0, first - NEAR) : first + len(branch.answer) + NEAR]
+                flat.points.append((begin, tuple(sorted(set(near))), "near"))
     return flat
 
 
 # The losses that tell the first head of a block where to look, and that block: a token of a question, where the context
-# has the same one; the first token of an answer, where the context states it; further tokens, where they are read.
-POINTING = {"match": 0.2, "point": 0.7, "follow": 0.3}
-HEADS = {"match": 1, "point": -2, "follow": -2}
+# has the same one; where an answer begins, near its place in the context, then on it; further tokens, each in its turn.
+POINTING = {"match": 0.2, "near": 0.3, "point": 0.7, "follow": 0.3}
+HEADS = {"match": 1, "near": -3, "point": -2, "follow": -2}
 FEW = 2  # a token that the context has more often says little
+NEAR = 10  # tokens before and behind an answer that are near it
 WEIGHTS = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 1.5, "cloze": 0.5,
            "reconstruct": 1.0, "question": 0.2, "lm": 0.3, "lm-home": 0.3, **POINTING}
 
@@ -497,8 +502,8 @@ def main() -> None:
     model = Model(shape)
     checkpoint = args.out / "checkpoint.safetensors"
     if not checkpoint.exists():
-        model.embed.data = embeddings_from_counts(corpus.texts(random.Random(args.seed)), shape.vocab_size,
-                                                  shape.hidden_size, EMBEDDING_NORM)
+        model.embed.data.copy_(embeddings_from_counts(corpus.texts(random.Random(args.seed)), shape.vocab_size,
+                                                      shape.hidden_size, EMBEDDING_NORM))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{sum(p.numel() for p in model.compressor_parameters()):,} of them in the compressor", flush=True)
     start_stage, start_step = STAGES[0], 0
