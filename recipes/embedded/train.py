@@ -23,6 +23,7 @@ from cooccurrence import embeddings_from_counts
 from data import SPECIALS, Corpus, Row, read_lines, read_squad
 from model import Model, Shape
 from parallel import share, spread, start, sum_gradients, total
+from positional import set_positional_heads
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -238,7 +239,7 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
 # The losses that tell the first head of a block where to look, and that block: a token of a question, where the context
 # has the same one; where an answer begins, near its place in the context, then on it; further tokens, each in its turn.
 POINTING = {"match": 0.2, "near": 0.3, "point": 0.7, "follow": 0.3}
-HEADS = {"match": 1, "near": -3, "point": -2, "follow": -2}
+HEADS = {"match": 1, "near": 2, "point": -2, "follow": -2}
 FEW = 2  # a token that the context has more often says little
 NEAR = 10  # tokens before and behind an answer that are near it
 WEIGHTS = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 1.5, "cloze": 0.5,
@@ -504,6 +505,7 @@ def main() -> None:
     if not checkpoint.exists():
         model.embed.data.copy_(embeddings_from_counts(corpus.texts(random.Random(args.seed)), shape.vocab_size,
                                                       shape.hidden_size, EMBEDDING_NORM))
+        set_positional_heads(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{sum(p.numel() for p in model.compressor_parameters()):,} of them in the compressor", flush=True)
     start_stage, start_step = STAGES[0], 0

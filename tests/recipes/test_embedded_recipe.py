@@ -76,7 +76,7 @@ def test_a_question_branch_scores_as_a_prompt_of_its_own(recipe: ModuleType, mod
 
 def test_where_to_look_is_asked_of_the_exported_decoders_own_attention(recipe: ModuleType,
                                                                        model: torch.nn.Module) -> None:
-    """First head; of the second layer for words of the question, of those before the last for the answer."""
+    """First head; of the second layer for words of the question, of the third and the last but one for the answer."""
     sys.path.insert(0, str(RECIPE))
     import export
     from data import Branch, Row
@@ -93,7 +93,7 @@ def test_where_to_look_is_asked_of_the_exported_decoders_own_attention(recipe: M
         outcome = recipe.forward(model, [row], [3])
         seen = llama(torch.tensor([[1, *context, *asked, *answer, 2]]), output_attentions=True).attentions
     last = 1 + len(context) + len(asked) - 1
-    expected = {"match": seen[1][0, 0, last - 1, [2, 8]].sum(), "near": seen[-3][0, 0, last, 1 : 1 + 16].sum(),
+    expected = {"match": seen[1][0, 0, last - 1, [2, 8]].sum(), "near": seen[2][0, 0, last, 1 : 1 + 16].sum(),
                 "point": seen[-2][0, 0, last, 5], "follow": seen[-2][0, 0, last + 1, 6]}
     for kind, laid in expected.items():
         assert outcome.counts[kind] == 1
@@ -179,6 +179,29 @@ def test_counts_end_with_the_text(recipe: ModuleType) -> None:
     assert next_to.tolist() == [[0, 1, 0], [0, 0, 1], [1, 1, 0]]
     assert next_but_one.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 0]]
     assert near.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_an_untrained_decoder_has_heads_that_look_back(recipe: ModuleType) -> None:
+    sys.path.insert(0, str(RECIPE))
+    import export
+    from model import Shape
+    from positional import HEADS, set_positional_heads
+
+    torch.manual_seed(0)
+    made = recipe.Model(Shape(vocab_size=90, num_layers=3))
+    lengths = made.embed.norm(dim=1)
+    set_positional_heads(made)
+    torch.testing.assert_close(made.embed.norm(dim=1), lengths)
+    llama = export.build_decoder(made, made.shape, {"bos": 1, "eos": 2, "pad": 0})
+    llama.set_attn_implementation("eager")
+    with torch.no_grad():
+        seen = llama(torch.randint(3, 90, (1, 120)), output_attentions=True).attentions
+    back = torch.arange(120)[:, None] - torch.arange(120)
+    for block, head, distance, width, _ in HEADS:
+        inside = (back >= max(0, distance - width)) & (back <= distance + 1.5 * width)
+        assert float((seen[block][0, head] * inside)[60:].sum(1).mean()) > 0.85, (block, head)
+        top = seen[block][0, head][60:].sum(0)
+        assert float(top.max()) < 3  # no single token draws the looks
 
 
 def test_slots_sit_on_the_last_token_of_their_piece(recipe: ModuleType) -> None:
