@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from ctxcomp_rag.evaluation.fictional import KINDS, NOT_STATED, FictionalDocument, Split, generate_document
 
 MAX_CHUNK = 112
+PARAGRAPH = 224  # as text, contexts may be longer: the more questions share one, the more of them a second serves
 UNRELATED = 0.1  # SQuAD rows that are also asked what they do not answer; at 0.3 the decoder refused 45 % of dev
 BOS, EOS = "<|bos|>", "<|end|>"
 SPECIALS = ("<|pad|>", BOS, EOS, "<|system|>", "<|user|>", "<|assistant|>")
@@ -212,12 +213,13 @@ class Corpus:
     def question(self, before: list[int], answer: list[int]) -> Branch:
         return Branch([*before, *answer, self.eos], len(before), "answer")
 
-    def squad_window(self, rng: random.Random, passage: Passage) -> tuple[list[int], list[tuple[str, str, int]]]:
-        """A window of at most MAX_CHUNK tokens, begun at a sentence; the questions it answers, and at which token."""
-        length = rng.choice((MAX_CHUNK, MAX_CHUNK, rng.randint(40, MAX_CHUNK)))
+    def squad_window(self, rng: random.Random, passage: Passage,
+                     longest: int = MAX_CHUNK) -> tuple[list[int], list[tuple[str, str, int]]]:
+        """A window of at most `longest` tokens, begun at a sentence; the questions it answers, and at which token."""
+        length = rng.choice((longest, longest, rng.randint(40, longest)))
         _, _, first, last = rng.choice(passage.questions)
         begins = [s for s in passage.sentences if s <= first and last < s + length] or [max(0, last + 1 - length)]
-        begin = rng.choice(begins)
+        begin = rng.choice(begins) if length < len(passage.ids) else 0
         end = min(begin + length, len(passage.ids))
         stops = [s for s in passage.sentences if last < s <= end]
         if end < len(passage.ids) and stops:
@@ -255,14 +257,15 @@ class Corpus:
             row.branches = self.fictional_branches(rng, document, 6, middle)
         elif source == "squad":
             passage = self.squad[rng.choice(self.answerable)]
-            ids, pairs = self.squad_window(rng, passage)
-            row.branches = self.squad_branches(rng, pairs, 6, middle)
+            longest = MAX_CHUNK if factor else rng.choice((MAX_CHUNK, PARAGRAPH, PARAGRAPH))
+            ids, pairs = self.squad_window(rng, passage, longest)
+            row.branches = self.squad_branches(rng, pairs, 8, middle)
             if rng.random() < UNRELATED:
                 row.branches.append(self.unrelated_question(rng, passage.article, middle))
         else:
             ids = self.wiki_window(rng)
-        if source != "fictional":
-            row.branches += self.cloze_branches(rng, ids, 1 if row.branches else 3, middle)
+        if source == "wiki" or (source == "squad" and rng.random() < 0.3):
+            row.branches += self.cloze_branches(rng, ids, 1 if row.branches else 4, middle)
         row.parts = [(ids, factor)]
         if factor:
             row.branches.append(self.reconstruction(ids, autoencode_id))

@@ -365,7 +365,7 @@ def draw_factor(rng: random.Random, source: str, progress: float, limit: float) 
 
 
 # Rows of one step by stage: one document as text, one as slots, several documents as text, as slots or as both.
-MIX = {"text": ({"fictional": 2, "squad": 9, "wiki": 2}, {}, {"fictional": 1, "squad": 1}),
+MIX = {"text": ({"fictional": 1, "squad": 12, "wiki": 1}, {}, {"fictional": 1, "squad": 1}),
        "joint": ({"fictional": 1, "squad": 5}, {"fictional": 4, "squad": 4, "wiki": 1},
                  {"fictional": 2, "squad": 1}),
        "compressor": ({}, {"fictional": 5, "squad": 3, "wiki": 2}, {"fictional": 3, "squad": 1})}
