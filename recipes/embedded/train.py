@@ -230,18 +230,14 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
                     break
                 kind = "follow" if n or branch.kind == "reconstruct" else "point"
                 flat.points.append((begin + n, (there[first + n],), kind))
-            if branch.kind != "reconstruct":
-                near = there[max(0, first - NEAR) : first + len(branch.answer) + NEAR]
-                flat.points.append((begin, tuple(sorted(set(near))), "near"))
     return flat
 
 
 # The losses that tell the first head of a block where to look, and that block: a token of a question, where the context
-# has the same one; where an answer begins, near its place in the context, then on it; further tokens, each in its turn.
-POINTING = {"match": 0.2, "near": 0.3, "point": 0.7, "follow": 0.3}
-HEADS = {"match": 1, "near": 2, "point": -2, "follow": -2}
+# has the same one; the first token of an answer, where the context states it; further tokens, each in its turn.
+POINTING = {"match": 0.2, "point": 0.7, "follow": 0.3}
+HEADS = {"match": 1, "point": -2, "follow": -2}
 FEW = 2  # a token that the context has more often says little
-NEAR = 10  # tokens before and behind an answer that are near it
 WEIGHTS = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 1.5, "cloze": 0.5,
            "reconstruct": 1.0, "question": 0.2, "lm": 0.3, "lm-home": 0.3, **POINTING}
 
