@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 
+SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
 # A span of text that could be an answer, and the words that ask for its kind.
 _ANSWERS = ((re.compile(r"\b(?:1[0-9]|20)\d\d\b"), ("when", "what year")),
             (re.compile(r"(?<![\w.,])\d[\d.,]*\d(?:st|nd|rd|th|%)?(?!\w)|\b\d\b"), ("how many", "how much", "what")),
@@ -19,7 +20,7 @@ _ANSWERS = ((re.compile(r"\b(?:1[0-9]|20)\d\d\b"), ("when", "what year")),
 
 def cloze_questions(rng: random.Random, text: str, count: int) -> list[tuple[str, str]]:
     """At most `count` questions with their answers, each about another sentence; the answer stands in the text."""
-    sentences = [s for s in re.split(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])", text) if 5 <= len(s.split()) <= 60]
+    sentences = [s for s in SENTENCE_GAP.split(text) if 5 <= len(s.split()) <= 60]
     pairs = []
     for sentence in rng.sample(sentences, min(count, len(sentences))):
         found = [(m, words) for pattern, words in _ANSWERS for m in pattern.finditer(sentence)]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BESIDE = (1, 2)  # distances counted by direction: what may follow what
@@ -53,8 +54,4 @@ def embeddings_from_counts(texts: Sequence[Sequence[int]], vocab_size: int, size
     like = vectors * values.clamp(min=0) ** 0.25
     like = like - like.mean(0)
     apart = torch.randn(vocab_size, size)
-    return norm * (share**0.5 * _unit(like) + (1 - share) ** 0.5 * _unit(apart))
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-8)
+    return norm * (share**0.5 * F.normalize(like) + (1 - share) ** 0.5 * F.normalize(apart))

@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cloze import cloze_questions
+from cloze import SENTENCE_GAP, cloze_questions
 from tokenizers import Tokenizer
 
 from ctxcomp_rag.evaluation.fictional import KINDS, NOT_STATED, FictionalDocument, Split, generate_document
@@ -95,7 +95,7 @@ def read_squad(path: Path) -> list[dict]:  # type: ignore[type-arg]
 
 
 def _token_sentences(text: str, starts: list[int]) -> list[int]:
-    begins = [0] + [bisect_left(starts, m.end()) for m in re.finditer(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])", text)]
+    begins = [0] + [bisect_left(starts, m.end()) for m in SENTENCE_GAP.finditer(text)]
     # a byte-level token carries its leading space, so a sentence begins one token earlier than its first letter
     return sorted({max(0, b - 1) if b and b <= len(starts) else 0 for b in begins})
 

@@ -33,6 +33,9 @@ class Shape:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
+    def rotary_frequencies(self) -> Tensor:
+        return self.rope_theta ** (-torch.arange(0, self.head_dim, 2).float() / self.head_dim)
+
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -97,8 +100,7 @@ class Model(nn.Module):
         self.special = nn.Parameter(torch.randn(2, d) * 0.02)  # rows: memory token, [AE]
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
         self.final_norm = nn.Parameter(torch.ones(d))
-        inv = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
-        angle = torch.outer(torch.arange(shape.max_positions).float(), inv).repeat(1, 2)
+        angle = torch.outer(torch.arange(shape.max_positions).float(), shape.rotary_frequencies()).repeat(1, 2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 

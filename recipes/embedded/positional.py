@@ -8,6 +8,7 @@ have in common feeds queries and keys, whose rotary frequencies make a bump at a
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from model import Block, Model
 from torch import Tensor
 
@@ -22,8 +23,7 @@ def with_common(rows: Tensor, direction: Tensor) -> Tensor:
     """Rows of the same length, `COMMON` of its square along the unit vector `direction`."""
     length = rows.norm(dim=1, keepdim=True)
     apart = rows - (rows @ direction)[:, None] * direction
-    apart = apart / apart.norm(dim=1, keepdim=True)
-    return length * ((1 - COMMON) ** 0.5 * apart + COMMON**0.5 * direction)
+    return length * ((1 - COMMON) ** 0.5 * F.normalize(apart) + COMMON**0.5 * direction)
 
 
 def bump(frequencies: Tensor, width: float, height: float) -> Tensor:
@@ -36,7 +36,7 @@ def look_back(block: Block, head: int, direction: Tensor, distance: int, width: 
     shape = block.shape
     size = shape.head_dim
     rows = slice(head * size, (head + 1) * size)
-    frequencies = shape.rope_theta ** (-torch.arange(0, size, 2).float() / size)
+    frequencies = shape.rotary_frequencies()
     reach = (bump(frequencies, width, height) * size**0.5).sqrt() / (COMMON * shape.hidden_size) ** 0.5
     turned = torch.cat([reach * torch.cos(frequencies * distance), reach * torch.sin(frequencies * distance)])
     for name, towards in (("q_proj", torch.cat([reach, torch.zeros_like(reach)])), ("k_proj", turned)):
@@ -46,7 +46,7 @@ def look_back(block: Block, head: int, direction: Tensor, distance: int, width: 
 
 def set_positional_heads(model: Model) -> None:
     """Rewrite the embeddings and some heads of an untrained model."""
-    direction = torch.nn.functional.normalize(torch.randn(model.shape.hidden_size), dim=0)
+    direction = F.normalize(torch.randn(model.shape.hidden_size), dim=0)
     model.embed.data = with_common(model.embed.data, direction)
     model.special.data = with_common(model.special.data, direction)
     for block, head, distance, width, height in HEADS:
