@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from packed import Packing
 from torch import Tensor, nn
 
 
@@ -67,23 +68,23 @@ class Block(nn.Module):
         qkv = torch.cat([w["q_proj"], w["k_proj"], w["v_proj"]])
         return qkv, w["o_proj"], torch.cat([w["gate_proj"], w["up_proj"]]), w["down_proj"]
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, encoder: bool,
-                tap: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """`tap` takes the queries and keys, each (batch, time, head_dim), of the first head."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing, encoder: bool,
+                tap: list[tuple[Tensor, Tensor]] | None = None, kept: Tensor | None = None) -> Tensor:
+        """Hidden states (tokens, hidden_size), or those at `kept`; `tap` takes the queries and keys, each (tokens,
+        head_dim), of the first head."""
         s = self.shape
         qkv_w, o_w, gate_up_w, down_w = self.matrices(encoder)
-        b, t, d = x.shape
+        n, d = x.shape
         h = F.rms_norm(x, (d,), self.input_norm, s.rms_norm_eps)
-        qkv = F.linear(h, qkv_w).view(b, t, 3, s.num_heads, s.head_dim)
-        qk = qkv[:, :, :2]
-        half = s.head_dim // 2
-        rotated = torch.cat([-qk[..., half:], qk[..., :half]], dim=-1)
-        qk = qk * cos + rotated * sin
-        q, k, v = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+        qk, v = F.linear(h, qkv_w).view(n, 3, s.num_heads, s.head_dim).split((2, 1), dim=1)
+        one, two = qk.chunk(2, dim=-1)
+        q, k = (qk * cos + torch.cat([-two, one], dim=-1) * sin).unbind(1)
         if tap is not None:
             tap.append((q[:, 0], k[:, 0]))
-        a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        x = x + F.linear(a.transpose(1, 2).reshape(b, t, d), o_w)
+        a = packing.attend(q, k, v[:, 0])
+        if kept is not None:
+            x, a = x.index_select(0, kept), a.index_select(0, kept)
+        x = x + F.linear(a, o_w)
         h = F.rms_norm(x, (d,), self.post_norm, s.rms_norm_eps)
         gate, up = F.linear(h, gate_up_w).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, down_w)
@@ -104,30 +105,28 @@ class Model(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def run(self, x: Tensor, positions: Tensor, mask: Tensor | None, encoder: bool,
+    def run(self, x: Tensor, positions: Tensor, packing: Packing, where: Tensor, encoder: bool,
             tap: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        cos = self.cos[positions][:, :, None, None, :]
-        sin = self.sin[positions][:, :, None, None, :]
+        """Hidden states (len(where), hidden_size) of the tokens at `where`."""
+        cos = self.cos[positions][:, None, None, :]
+        sin = self.sin[positions][:, None, None, :]
         for block in self.blocks:
-            x = block(x, cos, sin, mask, encoder, tap)
+            x = block(x, cos, sin, packing, encoder, tap, where if block is self.blocks[-1] else None)
         return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.shape.rms_norm_eps)
 
-    def encode(self, ids: Tensor, positions: Tensor, slot_rows: Tensor, slot_columns: Tensor) -> Tensor:
-        """Slots (num_slots_in_batch, hidden): `ids` uses vocab_size for the memory token, rows right-padded."""
+    def encode(self, ids: Tensor, positions: Tensor, packing: Packing, where: Tensor) -> Tensor:
+        """Slots (len(where), hidden_size): `ids` (tokens,) uses vocab_size for the memory token."""
         table = torch.cat([self.embed, self.special[:1]])
-        hidden = self.run(F.embedding(ids, table), positions, None, encoder=True)
-        return hidden[slot_rows, slot_columns]
+        return self.run(F.embedding(ids, table), positions, packing, where, encoder=True)
 
-    def decode(self, ids: Tensor, slots: Tensor, is_slot: Tensor, slot_index: Tensor,
-               positions: Tensor, mask: Tensor, where: tuple[Tensor, Tensor],
+    def decode(self, ids: Tensor, slots: Tensor, slot: Tensor, positions: Tensor, packing: Packing, where: Tensor,
                tap: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Logits (num_labels, vocab) at `where`; id vocab_size + 1 is [AE]; slots enter where `is_slot`; `tap`
-        takes what Block says, of every layer."""
+        """Logits (len(where), vocab) at `where`; id vocab_size + 1 is [AE]; row `slot` of `slots` enters where it is
+        not -1; `tap` takes what Block says, of every layer."""
         x = F.embedding(ids, torch.cat([self.embed, self.special]))
         if slots.shape[0]:
-            x = torch.where(is_slot[..., None], slots[slot_index], x)
-        hidden = self.run(x, positions, mask, encoder=False, tap=tap)[where]
-        return F.linear(hidden, self.embed)
+            x = torch.where((slot >= 0)[:, None], slots[slot.clamp(min=0)], x)
+        return F.linear(self.run(x, positions, packing, where, encoder=False, tap=tap), self.embed)
 
     def compressor_parameters(self) -> list[nn.Parameter]:
         return [p for n, p in self.named_parameters() if "lora_" in n or n == "special"]

@@ -14,7 +14,9 @@ import os
 import random
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ import torch.nn.functional as F
 from cooccurrence import embeddings_from_counts
 from data import SPECIALS, Corpus, Row, read_lines, read_squad
 from model import Model, Shape
+from packed import Packing
 from parallel import share, spread, start, sum_gradients, total
 from positional import set_positional_heads
 from safetensors import safe_open
@@ -107,41 +110,17 @@ def slot_of(token: int, length: int, slots: int) -> int:
     return -(-(token + 1) * slots // length) - 1
 
 
-def padded(rows: list[list[int]], value: int = 0) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([r + [value] * (width - len(r)) for r in rows])
-
-
-def encode_spans(model: Model, spans: list[tuple[list[int], float]], budget: int = 1024) -> tuple[Tensor, list[int]]:
-    """Slots of all spans, in order, and where each span begins; length-bucketed."""
-    order = sorted(range(len(spans)), key=lambda i: len(spans[i][0]) + num_slots(*_lf(spans[i])))
+def encode_spans(model: Model, spans: list[tuple[list[int], float]]) -> tuple[Tensor, list[int]]:
+    """Slots of all spans, in order, and where each span begins among them."""
     counts = [num_slots(len(ids), f) for ids, f in spans]
-    pieces: dict[int, Tensor] = {}
-    batch: list[int] = []
-
-    def flush() -> None:
-        ids = padded([spans[i][0] + [model.shape.vocab_size] * counts[i] for i in batch])
-        places = padded([list(range(len(spans[i][0]))) + slot_places(len(spans[i][0]), counts[i]) for i in batch])
-        rows = torch.tensor([r for r, i in enumerate(batch) for _ in range(counts[i])])
-        columns = torch.tensor([len(spans[i][0]) + j for i in batch for j in range(counts[i])])
-        slots = model.encode(ids, places, rows, columns)
-        pieces.update(zip(batch, slots.split([counts[i] for i in batch]), strict=True))
-        batch.clear()
-
-    for i in order:
-        if batch and (len(batch) + 1) * (len(spans[i][0]) + counts[i]) > budget:
-            flush()
-        batch.append(i)
-    if batch:
-        flush()
-    starts = [0]
-    for c in counts:
-        starts.append(starts[-1] + c)
-    return torch.cat([pieces[i] for i in range(len(spans))]), starts
-
-
-def _lf(span: tuple[list[int], float]) -> tuple[int, float]:
-    return len(span[0]), span[1]
+    packing = Packing([(len(ids) + n, ()) for (ids, _), n in zip(spans, counts, strict=True)])
+    ids, places, where = [], [], []
+    for (text, _), n, begin in zip(spans, counts, packing.begins, strict=False):
+        ids += text + [model.shape.vocab_size] * n
+        places += [*range(len(text)), *slot_places(len(text), n)]
+        where += range(begin + len(text), begin + len(text) + n)
+    slots = model.encode(torch.tensor(ids), torch.tensor(places), packing, torch.tensor(where))
+    return slots, [0, *accumulate(counts)]
 
 
 @dataclass
@@ -150,24 +129,16 @@ class Flat:
 
     ids: list[int]
     places: list[int]
-    branch: list[int]
+    context: int
+    branches: list[int]  # their lengths
     slot: list[int]  # index into the slot table, -1 for text
     targets: list[tuple[int, int, str, int]]  # (column, label, loss kind, branch)
     source: str
     points: list[tuple[int, tuple[int, ...], str]] = field(default_factory=list)  # a column, where to look, loss kind
 
 
-def split_branches(row: Row) -> list[Row]:
-    """Reconstruction apart from the questions where the context is short: attention is quadratic in the row."""
-    spans = [f for _, f in row.parts]
-    if len(row.branches) < 3 or None in spans or min(f for f in spans if f) < 2:
-        return [row]
-    kinds = [[b for b in row.branches if (b.kind == "reconstruct") is apart] for apart in (False, True)]
-    return [replace(row, branches=branches) for branches in kinds if branches]
-
-
 def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat:
-    flat = Flat([], [], [], [], [], row.source)
+    flat = Flat([], [], 0, [], [], [], row.source)
     place = 0
     held: list[list[int]] = []  # by part, the column of each of its tokens, or of the slot that holds it
     text_columns: list[tuple[int, int]] = []
@@ -179,7 +150,6 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
                 text_columns.append((len(flat.ids) - 1, token))
             flat.ids.append(token)
             flat.places.append(place)
-            flat.branch.append(0)
             flat.slot.append(-1)
             place += 1
 
@@ -195,9 +165,9 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
         for j, p in enumerate(slot_places(len(ids), count)):
             flat.ids.append(0)
             flat.places.append(place + p)
-            flat.branch.append(0)
             flat.slot.append(span_starts[k] + j)
         place += len(ids)
+    flat.context = len(flat.ids)
     columns: dict[int, list[int]] = {}
     for (ids, _), there in zip(row.parts, held, strict=True):
         for token, column in zip(ids, there, strict=True):
@@ -208,7 +178,7 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
         base = len(flat.ids)
         flat.ids += branch.ids
         flat.places += range(place, place + len(branch.ids))
-        flat.branch += [number] * len(branch.ids)
+        flat.branches.append(len(branch.ids))
         flat.slot += [-1] * len(branch.ids)
         for i in range(1, len(branch.ids)):
             loss = branch.kind if i >= branch.answer_start else "question"
@@ -242,19 +212,30 @@ WEIGHTS = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answ
            "reconstruct": 1.0, "question": 0.2, "lm": 0.3, "lm-home": 0.3, **POINTING}
 
 
-def pointing_loss(tapped: tuple[Tensor, Tensor], see: Tensor, points: list[tuple[int, int, tuple[int, ...]]]) -> Tensor:
-    """Sum over (row, column, targets) of -log of what one head's attention lays on the targets: a column that predicts
+def pointing_loss(tapped: tuple[Tensor, Tensor], flats: list[Flat], kind: str) -> Tensor:
+    """Sum over the points of a kind of -log of what one head's attention lays on the targets: a column that predicts
     a token which the context states has to look at where it stands, or at the slot that holds it.
 
     A guide for the heads that match and copy: an answer says which token comes next, and not where it was to be read.
     """
-    queries, keys = tapped
-    row, column = (torch.tensor([p[i] for p in points]) for i in (0, 1))
-    scores = torch.einsum("nd,ntd->nt", queries[row, column], keys[row]) * queries.shape[-1] ** -0.5
-    there = torch.zeros(scores.shape, dtype=torch.bool)
-    there[[n for n, p in enumerate(points) for _ in p[2]], [t for p in points for t in p[2]]] = True
-    scores = scores.masked_fill(~see[row, column], -1e9)
-    return (scores.logsumexp(1) - scores.masked_fill(~there, -1e9).logsumexp(1)).sum()
+    loss = torch.zeros(())
+    for flat, queries, keys in zip(flats, *(x.split([len(f.ids) for f in flats]) for x in tapped), strict=True):
+        points = [(column, targets) for column, targets, k in flat.points if k == kind]
+        if not points:
+            continue
+        column = torch.tensor([c for c, _ in points])
+        scores = queries.index_select(0, column) @ keys.T * queries.shape[-1] ** -0.5
+        begins = accumulate(flat.branches, initial=flat.context)
+        begin = torch.tensor([0] * flat.context
+                             + [b for b, n in zip(begins, flat.branches, strict=False) for _ in range(n)])
+        every = torch.arange(len(flat.ids))
+        hidden = (every > column[:, None]) | ((every >= flat.context) & (every < begin[column][:, None]))
+        elsewhere = torch.ones(scores.shape, dtype=torch.bool)
+        elsewhere[[n for n, (_, targets) in enumerate(points) for _ in targets],
+                  [t for _, targets in points for t in targets]] = False
+        loss = loss + (scores.masked_fill(hidden, -1e9).logsumexp(1)
+                       - scores.masked_fill(elsewhere, -1e9).logsumexp(1)).sum()
+    return loss
 
 
 def naming_loss(model: Model, spans: list[tuple[list[int], float]], slots: Tensor) -> Tensor:
@@ -289,18 +270,14 @@ class Outcome:
     exact: list[tuple[str, str, bool]]
 
 
-def forward(model: Model, rows: list[Row], separator: list[int], budget: int = 1024, naming: float = 0.0) -> Outcome:
+def forward(model: Model, rows: list[Row], separator: list[int], naming: float = 0.0) -> Outcome:
     """Loss of these rows. With several processes, means are over the rows of all of them."""
     spans = [(ids, f) for row in rows for ids, f in row.parts if f is not None]
-    slots, starts = encode_spans(model, spans, budget) if spans else (torch.zeros(0, model.shape.hidden_size), [0])
-    flats, at = [], 0
+    slots, starts = encode_spans(model, spans) if spans else (torch.zeros(0, model.shape.hidden_size), [0])
+    flats, begin = [], iter(starts)
     for row in rows:
-        mine = {}
-        for k, (_, f) in enumerate(row.parts):
-            if f is not None:
-                mine[k] = starts[at]
-                at += 1
-        flats += [lay_out(r, separator, mine) for r in split_branches(row)]
+        flats.append(lay_out(row, separator, {k: next(begin) for k, (_, f) in enumerate(row.parts) if f is not None}))
+    flats = [f for f in flats if f.targets]
     kinds = sorted(WEIGHTS)
     kind_counts = Counter(t[2] for f in flats for t in (*f.targets, *f.points))
     counted = total(torch.tensor([float(kind_counts[k]) for k in kinds] + [float(len(slots))]))
@@ -308,43 +285,33 @@ def forward(model: Model, rows: list[Row], separator: list[int], budget: int = 1
     loss = torch.zeros(())
     if naming and len(slots):
         loss = loss + naming_loss(model, spans, slots) * (naming / float(counted[-1]))
+    packing = Packing([(f.context, f.branches) for f in flats])
+    targets = [(begin + t[0], *t[1:], n) for n, (f, begin) in enumerate(zip(flats, packing.begins, strict=False))
+               for t in f.targets]
+    where, labels = (torch.tensor([t[i] for t in targets]) for i in (0, 1))
+    kind_of = torch.tensor([kinds.index(t[2]) for t in targets])
+    ids, places, slot = (torch.tensor([x for f in flats for x in part(f)])
+                         for part in (attrgetter("ids"), attrgetter("places"), attrgetter("slot")))
+    tap: list[tuple[Tensor, Tensor]] = []
+    logits = model.decode(ids, slots, slot, places, packing, where, tap)
     sums = dict.fromkeys(kinds, 0.0)
-    exact: list[tuple[str, str, bool]] = []
-    flats = sorted((f for f in flats if f.targets), key=lambda f: len(f.ids))
-    while flats:
-        width = len(flats[-1].ids)
-        take = max(1, budget // width)
-        batch, flats = flats[-take:], flats[:-take]
-        ids, places = padded([f.ids for f in batch]), padded([f.places for f in batch])
-        branch, slot = padded([f.branch for f in batch], -1), padded([f.slot for f in batch], -1)
-        see = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-        see &= torch.ones(width, width, dtype=torch.bool).tril()
-        bias = torch.zeros(see.shape).masked_fill_(~see, -1e9)  # a float mask is converted once, not once a layer
-        row_of = torch.tensor([r for r, f in enumerate(batch) for _ in f.targets])
-        column = torch.tensor([t[0] for f in batch for t in f.targets])
-        labels = torch.tensor([t[1] for f in batch for t in f.targets])
-        kind_of = torch.tensor([kinds.index(t[2]) for f in batch for t in f.targets])
-        tap: list[tuple[Tensor, Tensor]] = []
-        logits = model.decode(ids, slots, slot >= 0, slot.clamp(min=0), places, bias[:, None], (row_of, column), tap)
-        for kind, block in HEADS.items():
-            points = [(r, c, t) for r, f in enumerate(batch) for c, t, k in f.points if k == kind]
-            if points:
-                pointed = pointing_loss(tap[block], see, points)
-                loss = loss + pointed * (WEIGHTS[kind] / totals[kind])
-                sums[kind] += float(pointed.detach())
-        each = F.cross_entropy(logits, labels, reduction="none")
-        weight = torch.tensor([WEIGHTS[k] / max(1, totals[k]) for k in kinds])[kind_of]
-        loss = loss + (each * weight).sum()
-        with torch.no_grad():
-            for i, k in enumerate(kinds):
-                if k not in POINTING:
-                    sums[k] += float(each[kind_of == i].sum())
-            right = logits.argmax(-1) == labels
-            flags: dict[tuple[int, int], bool] = {}
-            for r, t, ok in zip(row_of.tolist(), [t for f in batch for t in f.targets], right.tolist(), strict=True):
-                if t[2].startswith(("answer", "reconstruct")):
-                    flags[(r, t[3])] = flags.get((r, t[3]), True) and ok
-            exact += [(batch[r].source, "", ok) for (r, _), ok in flags.items()]
+    for kind, block in HEADS.items():
+        pointed = pointing_loss(tap[block], flats, kind)
+        loss = loss + pointed * (WEIGHTS[kind] / max(1, totals[kind]))
+        sums[kind] = float(pointed.detach())
+    each = F.cross_entropy(logits, labels, reduction="none")
+    weight = torch.tensor([WEIGHTS[k] / max(1, totals[k]) for k in kinds])[kind_of]
+    loss = loss + (each * weight).sum()
+    with torch.no_grad():
+        for i, k in enumerate(kinds):
+            if k not in POINTING:
+                sums[k] = float(each[kind_of == i].sum())
+        right = logits.argmax(-1) == labels
+    flags: dict[tuple[int, int], bool] = {}
+    for (_, _, kind, branch, n), ok in zip(targets, right.tolist(), strict=True):
+        if kind.startswith(("answer", "reconstruct")):
+            flags[(n, branch)] = flags.get((n, branch), True) and ok
+    exact = [(flats[n].source, "", ok) for (n, _), ok in flags.items()]
     sums = dict(zip(kinds, total(torch.tensor([sums[k] for k in kinds])).tolist(), strict=True))
     return Outcome(loss, sums, totals, exact)
 

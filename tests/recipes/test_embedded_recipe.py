@@ -38,12 +38,13 @@ def model(recipe: ModuleType) -> torch.nn.Module:
     return made
 
 
-def decode(recipe: ModuleType, model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+def decode(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    from packed import Packing
+
     n = len(ids)
-    bias = torch.zeros(1, 1, n, n).masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), -1e9)
-    nothing = torch.zeros(1, n, dtype=torch.long)
-    return model.decode(torch.tensor([ids]), torch.zeros(0, model.shape.hidden_size), nothing.bool(), nothing,
-                        torch.arange(n)[None], bias, (nothing[0], torch.arange(n)))
+    logits: torch.Tensor = model.decode(torch.tensor(ids), torch.zeros(0, model.shape.hidden_size),
+                                        torch.full((n,), -1), torch.arange(n), Packing([(n, ())]), torch.arange(n))
+    return logits
 
 
 def test_the_exported_llama_gives_the_same_logits(recipe: ModuleType, model: torch.nn.Module) -> None:
@@ -53,7 +54,7 @@ def test_the_exported_llama_gives_the_same_logits(recipe: ModuleType, model: tor
     llama = export.build_decoder(model, model.shape, {"bos": 1, "eos": 2, "pad": 0})
     ids = torch.randint(0, 90, (20,)).tolist()
     with torch.no_grad():
-        torch.testing.assert_close(decode(recipe, model, ids), llama(torch.tensor([ids])).logits[0], atol=2e-5, rtol=0)
+        torch.testing.assert_close(decode(model, ids), llama(torch.tensor([ids])).logits[0], atol=2e-5, rtol=0)
 
 
 def test_a_question_branch_scores_as_a_prompt_of_its_own(recipe: ModuleType, model: torch.nn.Module) -> None:
@@ -67,11 +68,29 @@ def test_a_question_branch_scores_as_a_prompt_of_its_own(recipe: ModuleType, mod
         expected = 0.0
         for ids, start in ((one, 4), (two, 2)):
             whole = [1, *context, *ids]
-            scores = decode(recipe, model, whole).log_softmax(-1)
+            scores = decode(model, whole).log_softmax(-1)
             begin = 1 + len(context) + start
             expected -= sum(float(scores[i - 1, whole[i]]) for i in range(begin, len(whole)))
     assert outcome.sums["answer"] == pytest.approx(expected, abs=1e-3)
     assert outcome.counts["answer"] == 3 + 3
+
+
+def test_packed_rows_attend_as_one_masked_square_each(recipe: ModuleType) -> None:
+    from packed import Packing
+
+    torch.manual_seed(0)
+    rows: list[tuple[int, list[int]]] = [(5, [3, 1, 4]), (2, []), (1, [2])]
+    total = sum(context + sum(branches) for context, branches in rows)
+    q, k, v = torch.randn(3, total, 2, 8)
+    expected, begin = [], 0
+    for context, branches in rows:
+        part = torch.tensor([0] * context + [n for n, length in enumerate(branches, 1) for _ in range(length)])
+        see = ((part == 0) | (part == part[:, None])) & torch.ones(len(part), len(part)).tril().bool()
+        one, two, three = (x[begin : begin + len(part)].transpose(0, 1) for x in (q, k, v))
+        scores = (one @ two.mT * 8**-0.5).masked_fill(~see, -torch.inf)
+        expected.append((scores.softmax(-1) @ three).transpose(0, 1).flatten(1))
+        begin += len(part)
+    torch.testing.assert_close(Packing(rows).attend(q, k, v), torch.cat(expected), atol=1e-5, rtol=0)
 
 
 def test_where_to_look_is_asked_of_the_exported_decoders_own_attention(recipe: ModuleType,
