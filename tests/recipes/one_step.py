@@ -9,6 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "embedded"))
 
+import mix
+import objective
 import parallel
 import train
 from data import Branch, Row
@@ -35,7 +37,7 @@ with torch.no_grad():
     for p in model.parameters():
         p.add_(torch.randn_like(p) * 0.1)
 optimizers = train.make_optimizers(model, "joint", train.Schedule())
-outcome = train.forward(model, parallel.share(rows, [train.cost(r) for r in rows], rank, world), [3], naming=0.5)
+outcome = objective.forward(model, parallel.share(rows, [mix.cost(r) for r in rows], rank, world), [3], naming=0.5)
 outcome.loss.backward()
 parallel.sum_gradients(model.parameters())
 gradient = torch.cat([p.grad.flatten() for p in model.parameters()])

@@ -59,12 +59,13 @@ def test_the_exported_llama_gives_the_same_logits(recipe: ModuleType, model: tor
 
 def test_a_question_branch_scores_as_a_prompt_of_its_own(recipe: ModuleType, model: torch.nn.Module) -> None:
     from data import Branch, Row
+    from objective import forward
 
     rng = random.Random(1)
     context, one, two = ([rng.randrange(3, 90) for _ in range(n)] for n in (9, 7, 5))
     row = Row([1], [(context, None)], [Branch(one, 4, "answer"), Branch(two, 2, "answer")])
     with torch.no_grad():
-        outcome = recipe.forward(model, [row], [3])
+        outcome = forward(model, [row], [3])
         expected = 0.0
         for ids, start in ((one, 4), (two, 2)):
             whole = [1, *context, *ids]
@@ -99,6 +100,7 @@ def test_where_to_look_is_asked_of_the_exported_decoders_own_attention(recipe: M
     sys.path.insert(0, str(RECIPE))
     import export
     from data import Branch, Row
+    from objective import forward
 
     rng = random.Random(3)
     context = rng.sample(range(10, 60), 7)
@@ -109,7 +111,7 @@ def test_where_to_look_is_asked_of_the_exported_decoders_own_attention(recipe: M
     llama = export.build_decoder(model, model.shape, {"bos": 1, "eos": 2, "pad": 0})
     llama.set_attn_implementation("eager")
     with torch.no_grad():
-        outcome = recipe.forward(model, [row], [3])
+        outcome = forward(model, [row], [3])
         seen = llama(torch.tensor([[1, *context, *asked, *answer, 2]]), output_attentions=True).attentions
     last = 1 + len(context) + len(asked) - 1
     expected = {"match": seen[1][0, 0, last - 1, [2, 8]].sum(), "point": seen[-2][0, 0, last, 5],
@@ -121,16 +123,18 @@ def test_where_to_look_is_asked_of_the_exported_decoders_own_attention(recipe: M
 
 def test_a_word_of_the_question_looks_at_the_slot_that_holds_it(recipe: ModuleType) -> None:
     from data import Branch, Row
+    from layout import lay_out
 
     row = Row([1], [([5, 6, 7, 8], 2.0)], [Branch([7, 3, 8, 2], 2, "answer", stands=(0, 3))])
-    assert recipe.lay_out(row, [3], {0: 0}).points == [(3, (2,), "match"), (4, (2,), "point")]
+    assert lay_out(row, [3], {0: 0}).points == [(3, (2,), "match"), (4, (2,), "point")]
 
 
 def test_a_reconstruction_follows_the_slots_that_hold_its_tokens(recipe: ModuleType) -> None:
     from data import Branch, Row
+    from layout import lay_out
 
     row = Row([1], [([7] * 10, 4.0)], [Branch([91, *[7] * 10, 2], 1, "reconstruct", stands=(0, 0))])
-    flat = recipe.lay_out(row, [3], {0: 0})
+    flat = lay_out(row, [3], {0: 0})
     assert [column for column, _, _ in flat.points] == list(range(4, 14))  # [1], three slots, then [AE]
     assert [target - 1 for _, (target,), _ in flat.points] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert {kind for _, _, kind in flat.points} == {"follow"}
@@ -138,9 +142,11 @@ def test_a_reconstruction_follows_the_slots_that_hold_its_tokens(recipe: ModuleT
 
 @pytest.mark.parametrize(("length", "slots"), [(8, 2), (10, 3), (7, 7), (112, 28), (5, 1)])
 def test_a_token_is_held_by_the_first_slot_behind_it(recipe: ModuleType, length: int, slots: int) -> None:
-    places = recipe.slot_places(length, slots)
+    from layout import slot_of, slot_places
+
+    places = slot_places(length, slots)
     expected = [next(j for j, p in enumerate(places) if p >= token) for token in range(length)]
-    assert [recipe.slot_of(token, length, slots) for token in range(length)] == expected
+    assert [slot_of(token, length, slots) for token in range(length)] == expected
 
 
 def test_an_answer_stands_somewhere_only_if_the_context_states_it_once(recipe: ModuleType) -> None:
@@ -224,9 +230,11 @@ def test_an_untrained_decoder_has_heads_that_look_back(recipe: ModuleType) -> No
 
 
 def test_slots_sit_on_the_last_token_of_their_piece(recipe: ModuleType) -> None:
-    assert recipe.slot_places(8, 2) == [3, 7]
-    assert recipe.slot_places(10, 3) == [2, 5, 9]
-    assert recipe.num_slots(9, 4.0) == 3
+    from layout import num_slots, slot_places
+
+    assert slot_places(8, 2) == [3, 7]
+    assert slot_places(10, 3) == [2, 5, 9]
+    assert num_slots(9, 4.0) == 3
 
 
 def test_a_step_is_the_same_in_one_process_and_in_two() -> None:

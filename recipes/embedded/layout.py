@@ -1,0 +1,104 @@
+"""How a row becomes one sequence of tokens: positions, slots, what is predicted where, and where heads are to look."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from data import Row
+
+FEW = 2  # a token that the context has more often says little about where to look
+
+
+def num_slots(length: int, factor: float) -> int:
+    return max(1, math.ceil(length / factor))
+
+
+def slot_places(length: int, slots: int) -> list[int]:
+    """Slot j sits on the last token of the j-th of `slots` equal pieces of the text."""
+    return [max(1, (j + 1) * length // slots) - 1 for j in range(slots)]
+
+
+def slot_of(token: int, length: int, slots: int) -> int:
+    """The slot in whose piece of the text a token lies."""
+    return -(-(token + 1) * slots // length) - 1
+
+
+@dataclass
+class Flat:
+    """One row laid out for the decoder."""
+
+    ids: list[int]
+    places: list[int]
+    context: int
+    branches: list[int]  # their lengths
+    slot: list[int]  # index into the slot table, -1 for text
+    targets: list[tuple[int, int, str, int]]  # (column, label, loss kind, branch)
+    source: str
+    points: list[tuple[int, tuple[int, ...], str]] = field(default_factory=list)  # a column, where to look, loss kind
+
+
+def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat:
+    flat = Flat([], [], 0, [], [], [], row.source)
+    place = 0
+    held: list[list[int]] = []  # by part, the column of each of its tokens, or of the slot that holds it
+    text_columns: list[tuple[int, int]] = []
+
+    def add_text(ids: list[int], labelled: bool = False) -> None:
+        nonlocal place
+        for i, token in enumerate(ids):
+            if labelled and i:
+                text_columns.append((len(flat.ids) - 1, token))
+            flat.ids.append(token)
+            flat.places.append(place)
+            flat.slot.append(-1)
+            place += 1
+
+    add_text(row.prefix)
+    for k, (ids, factor) in enumerate(row.parts):
+        if k:
+            add_text(separator)
+        count = num_slots(len(ids), factor or 1)
+        held.append([len(flat.ids) + (slot_of(n, len(ids), count) if factor else n) for n in range(len(ids))])
+        if factor is None:
+            add_text(ids, labelled=row.language_model)
+            continue
+        for j, p in enumerate(slot_places(len(ids), count)):
+            flat.ids.append(0)
+            flat.places.append(place + p)
+            flat.slot.append(span_starts[k] + j)
+        place += len(ids)
+    flat.context = len(flat.ids)
+    columns: dict[int, list[int]] = {}
+    for (ids, _), there in zip(row.parts, held, strict=True):
+        for token, column in zip(ids, there, strict=True):
+            columns.setdefault(token, []).append(column)
+    kind = "lm-home" if row.source.startswith("fictional") else "lm"
+    flat.targets += [(c, t, kind, 0) for c, t in text_columns]
+    for number, branch in enumerate(row.branches, 1):
+        base = len(flat.ids)
+        flat.ids += branch.ids
+        flat.places += range(place, place + len(branch.ids))
+        flat.branches.append(len(branch.ids))
+        flat.slot += [-1] * len(branch.ids)
+        for i in range(1, len(branch.ids)):
+            loss = branch.kind if i >= branch.answer_start else "question"
+            if loss == "question" and branch.kind == "cloze":
+                continue
+            if loss == "answer" and row.source.startswith("fictional"):
+                loss = {"fictional-several": "answer-several", "fictional-short": "answer-short"}.get(
+                    row.source, "answer-home")
+            flat.targets.append((base + i - 1, branch.ids[i], loss, number))
+        asked = branch.ids[: branch.answer_start] if branch.kind != "reconstruct" else []
+        flat.points += [(base + i, tuple(columns[token]), "match") for i, token in enumerate(asked)
+                        if 0 < len(columns.get(token, ())) <= FEW]
+        if branch.stands is not None:
+            part, first = branch.stands
+            ids, there = row.parts[part][0], held[part]
+            begin = base + branch.answer_start - 1
+            for n, token in enumerate(branch.answer):
+                if n and ids[first + n : first + n + 1] != [token]:
+                    break
+                kind = "follow" if n or branch.kind == "reconstruct" else "point"
+                flat.points.append((begin + n, (there[first + n],), kind))
+    return flat

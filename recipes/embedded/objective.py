@@ -1,0 +1,141 @@
+"""The losses of a step: next tokens, where heads look, and what slots name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import attrgetter
+
+import torch
+import torch.nn.functional as F
+from data import Row
+from layout import Flat, lay_out, num_slots, slot_places
+from model import Model
+from packed import Packing
+from parallel import total
+from torch import Tensor
+
+# The losses that tell the first head of a block where to look, and that block: a token of a question, where the context
+# has the same one; the first token of an answer, where the context states it; further tokens, each in its turn.
+POINTING = {"match": 0.2, "point": 0.7, "follow": 0.3}
+HEADS = {"match": 1, "point": -2, "follow": -2}
+WEIGHTS = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 1.5, "cloze": 0.5,
+           "reconstruct": 1.0, "question": 0.2, "lm": 0.3, "lm-home": 0.3, **POINTING}
+
+
+def encode_spans(model: Model, spans: list[tuple[list[int], float]]) -> tuple[Tensor, list[int]]:
+    """Slots of all spans, in order, and where each span begins among them."""
+    counts = [num_slots(len(ids), f) for ids, f in spans]
+    packing = Packing([(len(ids) + n, ()) for (ids, _), n in zip(spans, counts, strict=True)])
+    ids, places, where = [], [], []
+    for (text, _), n, begin in zip(spans, counts, packing.begins, strict=False):
+        ids += text + [model.shape.vocab_size] * n
+        places += [*range(len(text)), *slot_places(len(text), n)]
+        where += range(begin + len(text), begin + len(text) + n)
+    slots = model.encode(torch.tensor(ids), torch.tensor(places), packing, torch.tensor(where))
+    return slots, [0, *accumulate(counts)]
+
+
+def pointing_loss(tapped: tuple[Tensor, Tensor], flats: list[Flat], kind: str) -> Tensor:
+    """Sum over the points of a kind of -log of what one head's attention lays on the targets: a column that predicts
+    a token which the context states has to look at where it stands, or at the slot that holds it.
+
+    A guide for the heads that match and copy: an answer says which token comes next, and not where it was to be read.
+    """
+    loss = torch.zeros(())
+    for flat, queries, keys in zip(flats, *(x.split([len(f.ids) for f in flats]) for x in tapped), strict=True):
+        points = [(column, targets) for column, targets, k in flat.points if k == kind]
+        if not points:
+            continue
+        column = torch.tensor([c for c, _ in points])
+        scores = queries.index_select(0, column) @ keys.T * queries.shape[-1] ** -0.5
+        begins = accumulate(flat.branches, initial=flat.context)
+        begin = torch.tensor([0] * flat.context
+                             + [b for b, n in zip(begins, flat.branches, strict=False) for _ in range(n)])
+        every = torch.arange(len(flat.ids))
+        hidden = (every > column[:, None]) | ((every >= flat.context) & (every < begin[column][:, None]))
+        elsewhere = torch.ones(scores.shape, dtype=torch.bool)
+        elsewhere[[n for n, (_, targets) in enumerate(points) for _ in targets],
+                  [t for _, targets in points for t in targets]] = False
+        loss = loss + (scores.masked_fill(hidden, -1e9).logsumexp(1)
+                       - scores.masked_fill(elsewhere, -1e9).logsumexp(1)).sum()
+    return loss
+
+
+def naming_loss(model: Model, spans: list[tuple[list[int], float]], slots: Tensor) -> Tensor:
+    """Sum over slots of the cross-entropy of a slot, read by the tied head, against the tokens of its piece of text.
+
+    A scaffold for the first part of the joint stage: at 1x it asks a slot to look like its token's embedding, which
+    the decoder can read already; without it, slots carry nothing for thousands of steps.
+    """
+    slot_of: list[int] = []
+    token: list[int] = []
+    weight: list[float] = []
+    first = 0
+    for ids, factor in spans:
+        count = num_slots(len(ids), factor)
+        for j in range(count):
+            piece = ids[j * len(ids) // count : max(j * len(ids) // count + 1, (j + 1) * len(ids) // count)]
+            slot_of += [first + j] * len(piece)
+            token += piece
+            weight += [1 / len(piece)] * len(piece)
+        first += count
+    log_p = F.log_softmax(F.linear(slots, model.embed), dim=-1)
+    return -(log_p[torch.tensor(slot_of), torch.tensor(token)] * torch.tensor(weight)).sum()
+
+
+@dataclass
+class Outcome:
+    """Sums of the loss by kind, counts, and per answer branch whether every token was right."""
+
+    loss: Tensor
+    sums: dict[str, float]
+    counts: dict[str, int]
+    exact: list[tuple[str, str, bool]]
+
+
+def forward(model: Model, rows: list[Row], separator: list[int], naming: float = 0.0) -> Outcome:
+    """Loss of these rows. With several processes, means are over the rows of all of them."""
+    spans = [(ids, f) for row in rows for ids, f in row.parts if f is not None]
+    slots, starts = encode_spans(model, spans) if spans else (torch.zeros(0, model.shape.hidden_size), [0])
+    flats, begin = [], iter(starts)
+    for row in rows:
+        flats.append(lay_out(row, separator, {k: next(begin) for k, (_, f) in enumerate(row.parts) if f is not None}))
+    flats = [f for f in flats if f.targets]
+    kinds = sorted(WEIGHTS)
+    kind_counts = Counter(t[2] for f in flats for t in (*f.targets, *f.points))
+    counted = total(torch.tensor([float(kind_counts[k]) for k in kinds] + [float(len(slots))]))
+    totals = dict(zip(kinds, map(int, counted.tolist()), strict=False))
+    loss = torch.zeros(())
+    if naming and len(slots):
+        loss = loss + naming_loss(model, spans, slots) * (naming / float(counted[-1]))
+    packing = Packing([(f.context, f.branches) for f in flats])
+    targets = [(begin + t[0], *t[1:], n) for n, (f, begin) in enumerate(zip(flats, packing.begins, strict=False))
+               for t in f.targets]
+    where, labels = (torch.tensor([t[i] for t in targets]) for i in (0, 1))
+    kind_of = torch.tensor([kinds.index(t[2]) for t in targets])
+    ids, places, slot = (torch.tensor([x for f in flats for x in part(f)])
+                         for part in (attrgetter("ids"), attrgetter("places"), attrgetter("slot")))
+    tap: list[tuple[Tensor, Tensor]] = []
+    logits = model.decode(ids, slots, slot, places, packing, where, tap)
+    sums = dict.fromkeys(kinds, 0.0)
+    for kind, block in HEADS.items():
+        pointed = pointing_loss(tap[block], flats, kind)
+        loss = loss + pointed * (WEIGHTS[kind] / max(1, totals[kind]))
+        sums[kind] = float(pointed.detach())
+    each = F.cross_entropy(logits, labels, reduction="none")
+    weight = torch.tensor([WEIGHTS[k] / max(1, totals[k]) for k in kinds])[kind_of]
+    loss = loss + (each * weight).sum()
+    with torch.no_grad():
+        for i, k in enumerate(kinds):
+            if k not in POINTING:
+                sums[k] = float(each[kind_of == i].sum())
+        right = logits.argmax(-1) == labels
+    flags: dict[tuple[int, int], bool] = {}
+    for (_, _, kind, branch, n), ok in zip(targets, right.tolist(), strict=True):
+        if kind.startswith(("answer", "reconstruct")):
+            flags[(n, branch)] = flags.get((n, branch), True) and ok
+    exact = [(flats[n].source, "", ok) for (n, _), ok in flags.items()]
+    sums = dict(zip(kinds, total(torch.tensor([sums[k] for k in kinds])).tolist(), strict=True))
+    return Outcome(loss, sums, totals, exact)
