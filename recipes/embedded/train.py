@@ -20,7 +20,7 @@ from cooccurrence import embeddings_from_counts
 from data import SPECIALS, Corpus, Row, read_lines, read_squad
 from mix import cost, step_rows
 from model import Model, Shape
-from objective import WEIGHTS, forward
+from objective import KINDS, READ, forward
 from parallel import share, spread, start, sum_gradients
 from positional import set_positional_heads
 from safetensors import safe_open
@@ -131,7 +131,7 @@ def evaluate(model: Model, corpus: Corpus, vocab: int, seed: int = 7) -> dict[st
 
     def score(name: str, rows: list[Row]) -> None:
         out = forward(model, rows, corpus.separator)
-        answers = [k for k in WEIGHTS if k.startswith("answer")]
+        answers = [k for k in READ if k.startswith("answer")]
         tokens = max(1, sum(out.counts[k] for k in answers))
         result[name + ".answer"] = round(sum(out.sums[k] for k in answers) / tokens, 4)
         only = [Row(r.prefix, r.parts, [b for b in r.branches if b.kind == "answer"], source=r.source) for r in rows]
@@ -221,7 +221,7 @@ def main() -> None:
             recent.append({k: out.sums[k] / out.counts[k] for k in out.sums if out.counts[k]})
             if (step + 1) % 10 == 0:
                 mean = {k: round(sum(r.get(k, 0) for r in recent) / max(1, sum(k in r for r in recent)), 3)
-                        for k in WEIGHTS}
+                        for k in KINDS}
                 seconds = round((time.time() - began) / len(recent), 2)
                 record(args.out, rank, {"stage": stage, "step": step + 1, "seconds_per_step": seconds, **mean})
                 began, recent = time.time(), []

@@ -94,6 +94,17 @@ def test_packed_rows_attend_as_one_masked_square_each(recipe: ModuleType) -> Non
     torch.testing.assert_close(Packing(rows).attend(q, k, v), torch.cat(expected), atol=1e-5, rtol=0)
 
 
+def test_an_answer_token_weighs_the_same_whatever_the_kind(recipe: ModuleType) -> None:
+    from objective import KINDS, READ_WEIGHT, token_weights
+
+    counts = dict.fromkeys(KINDS, 0) | {"answer": 170, "answer-home": 4, "reconstruct": 24, "cloze": 40, "lm": 800}
+    weights = token_weights(counts)
+    assert weights["answer-home"] == weights["answer"] == 4 * weights["reconstruct"] == 2 * weights["cloze"]
+    read = sum(weights[k] * counts[k] for k in ("answer", "answer-home", "reconstruct", "cloze"))
+    assert read == pytest.approx(READ_WEIGHT)
+    assert weights["lm"] * 800 == pytest.approx(0.3)
+
+
 def test_where_to_look_is_asked_of_the_exported_decoders_own_attention(recipe: ModuleType,
                                                                        model: torch.nn.Module) -> None:
     """First head; of the second layer for words of the question, of the last but one for the answer."""
