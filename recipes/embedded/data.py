@@ -59,6 +59,7 @@ class Row:
     branches: list[Branch] = field(default_factory=list)
     language_model: bool = False  # whether the next token of the text parts is asked for
     source: str = ""
+    names: list[tuple[int, int] | None] = field(default_factory=list)  # by part: where it says what it is about
 
     def find_answers(self) -> None:
         """Where each answer stands, if it stands in one place only."""
@@ -176,6 +177,15 @@ class Corpus:
             ids = self.ids(document.text)
             if len(ids) <= MAX_CHUNK:
                 return ids, document
+
+    def name_of(self, document: FictionalDocument) -> tuple[int, int] | None:
+        """First and last token of the subject's name, where the document first has it."""
+        begin = document.text.find(document.subject)
+        if begin < 0:
+            return None
+        offsets = self.tokenizer.encode(document.text, add_special_tokens=False).offsets
+        inside = [i for i, (a, b) in enumerate(offsets) if b > begin and a < begin + len(document.subject)]
+        return inside[0], inside[-1]
 
     def beginning_with(self, rng: random.Random, fact: str) -> FictionalDocument:
         """A document that states this fact first."""
@@ -302,6 +312,7 @@ class Corpus:
             else:
                 documents = [self.fictional(rng, kind)[1] for _ in factors]
             contents = [self.ids(d.text) for d in documents]
+            row.names = [self.name_of(d) for d in documents]
             row.branches = self.telling_apart(rng, documents, middle)
         else:
             target = rng.choice(self.answerable)
@@ -314,7 +325,9 @@ class Corpus:
                     begin = rng.choice(other.sentences)
                     contents.append(other.ids[begin : begin + rng.randint(40, MAX_CHUNK)])
             row.branches = [replace(b, stands=None) for b in self.squad_branches(rng, pairs, 4, middle)]
-        rng.shuffle(contents)
-        row.parts = list(zip(contents, factors, strict=True))
+        order = list(range(len(contents)))
+        rng.shuffle(order)
+        row.parts = [(contents[i], factor) for i, factor in zip(order, factors, strict=True)]
+        row.names = [row.names[i] for i in order] if row.names else []
         row.find_answers()
         return row

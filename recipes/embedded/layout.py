@@ -69,6 +69,10 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
             flat.slot.append(span_starts[k] + j)
         place += len(ids)
     flat.context = len(flat.ids)
+    for there, name in zip(held, row.names, strict=False):
+        if name:
+            named = tuple(sorted({*there[name[0] : name[1] + 1]}))
+            flat.points += [(column, named, "bind") for column in sorted({*there}) if column > named[-1]]
     columns: dict[int, list[int]] = {}
     for (ids, _), there in zip(row.parts, held, strict=True):
         for token, column in zip(ids, there, strict=True):

@@ -140,6 +140,31 @@ def test_a_word_of_the_question_looks_at_the_slot_that_holds_it(recipe: ModuleTy
     assert lay_out(row, [3], {0: 0}).points == [(3, (2,), "match"), (4, (2,), "point")]
 
 
+def test_tokens_of_a_document_look_at_its_name(recipe: ModuleType) -> None:
+    from data import Branch, Row
+    from layout import lay_out
+
+    row = Row([1], [([5, 6, 7, 8], None), ([8, 7, 6, 5, 4, 3], 2.0)], [Branch([30, 31, 2], 1, "answer")],
+              names=[(1, 2), (0, 2)])
+    flat = lay_out(row, [3], {1: 0})  # bos, four tokens, a separator, three slots, the branch
+    assert flat.points == [(4, (2, 3), "bind"), (8, (6, 7), "bind")]
+
+
+def test_a_documents_name_is_found_in_its_tokens(recipe: ModuleType) -> None:
+    from data import Corpus
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from ctxcomp_rag.evaluation.fictional import generate_document
+
+    corpus = Corpus.__new__(Corpus)
+    corpus.tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(
+        sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    corpus.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    document = generate_document(random.Random(4), "train")
+    first, last = corpus.name_of(document)
+    assert document.text[first : last + 1] == document.subject  # a token a letter
+
+
 def test_a_reconstruction_follows_the_slots_that_hold_its_tokens(recipe: ModuleType) -> None:
     from data import Branch, Row
     from layout import lay_out
