@@ -69,10 +69,11 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
             flat.slot.append(span_starts[k] + j)
         place += len(ids)
     flat.context = len(flat.ids)
-    for there, name in zip(held, row.names, strict=False):
+    named: dict[int, tuple[int, ...]] = {}  # by part, the columns of its name
+    for k, (there, name) in enumerate(zip(held, row.names, strict=False)):
         if name:
-            named = tuple(sorted({*there[name[0] : name[1] + 1]}))
-            flat.points += [(column, named, "bind") for column in sorted({*there}) if column > named[-1]]
+            named[k] = tuple(sorted({*there[name[0] : name[1] + 1]}))
+            flat.points += [(column, named[k], "bind") for column in sorted({*there}) if column > named[k][-1]]
     columns: dict[int, list[int]] = {}
     for (ids, _), there in zip(row.parts, held, strict=True):
         for token, column in zip(ids, there, strict=True):
@@ -100,6 +101,8 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
             part, first = branch.stands
             ids, there = row.parts[part][0], held[part]
             begin = base + branch.answer_start - 1
+            if part in named:
+                flat.points.append((begin, named[part], "ask"))
             for n, token in enumerate(branch.answer):
                 if n and ids[first + n : first + n + 1] != [token]:
                     break

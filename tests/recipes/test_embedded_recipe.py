@@ -140,14 +140,15 @@ def test_a_word_of_the_question_looks_at_the_slot_that_holds_it(recipe: ModuleTy
     assert lay_out(row, [3], {0: 0}).points == [(3, (2,), "match"), (4, (2,), "point")]
 
 
-def test_tokens_of_a_document_look_at_its_name(recipe: ModuleType) -> None:
+def test_tokens_of_a_document_and_questions_about_it_look_at_its_name(recipe: ModuleType) -> None:
     from data import Branch, Row
     from layout import lay_out
 
-    row = Row([1], [([5, 6, 7, 8], None), ([8, 7, 6, 5, 4, 3], 2.0)], [Branch([30, 31, 2], 1, "answer")],
+    row = Row([1], [([5, 6, 7, 8], None), ([8, 7, 6, 5, 4, 3], 2.0)], [Branch([30, 4, 2], 1, "answer", (1, 4))],
               names=[(1, 2), (0, 2)])
     flat = lay_out(row, [3], {1: 0})  # bos, four tokens, a separator, three slots, the branch
-    assert flat.points == [(4, (2, 3), "bind"), (8, (6, 7), "bind")]
+    assert flat.points[:2] == [(4, (2, 3), "bind"), (8, (6, 7), "bind")]
+    assert flat.points[2:] == [(9, (6, 7), "ask"), (9, (8,), "point")]
 
 
 def test_a_documents_name_is_found_in_its_tokens(recipe: ModuleType) -> None:
