@@ -34,12 +34,11 @@ class Flat:
     branches: list[int]  # their lengths
     slot: list[int]  # index into the slot table, -1 for text
     targets: list[tuple[int, int, str, int]]  # (column, label, loss kind, branch)
-    source: str
     points: list[tuple[int, tuple[int, ...], str]] = field(default_factory=list)  # a column, where to look, loss kind
 
 
 def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat:
-    flat = Flat([], [], 0, [], [], [], row.source)
+    flat = Flat([], [], 0, [], [], [])
     place = 0
     held: list[list[int]] = []  # by part, the column of each of its tokens, or of the slot that holds it
     text_columns: list[tuple[int, int]] = []

@@ -51,8 +51,7 @@ def encode_spans(model: Model, spans: list[tuple[list[int], float]]) -> tuple[Te
 
 
 def pointing_loss(tapped: tuple[Tensor, Tensor], flats: list[Flat], kind: str) -> Tensor:
-    """Sum over the points of a kind of -log of what one head's attention lays on the targets: a column that predicts
-    a token which the context states has to look at where it stands, or at the slot that holds it.
+    """Sum over the points of a kind of -log of what one head's attention lays on the targets (see HEADS).
 
     A guide for the heads that match and copy: an answer says which token comes next, and not where it was to be read.
     """
@@ -105,7 +104,7 @@ class Outcome:
     loss: Tensor
     sums: dict[str, float]
     counts: dict[str, int]
-    exact: list[tuple[str, str, bool]]
+    exact: list[bool]
 
 
 def forward(model: Model, rows: list[Row], separator: list[int], naming: float = 0.0) -> Outcome:
@@ -148,6 +147,5 @@ def forward(model: Model, rows: list[Row], separator: list[int], naming: float =
     for (_, _, kind, branch, n), ok in zip(targets, right.tolist(), strict=True):
         if kind.startswith(("answer", "reconstruct")):
             flags[(n, branch)] = flags.get((n, branch), True) and ok
-    exact = [(flats[n].source, "", ok) for (n, _), ok in flags.items()]
     sums = dict(zip(KINDS, total(torch.tensor([sums[k] for k in KINDS])).tolist(), strict=True))
-    return Outcome(loss, sums, totals, exact)
+    return Outcome(loss, sums, totals, list(flags.values()))

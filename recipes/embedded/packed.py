@@ -37,8 +37,7 @@ class Packing:
     """Where rows lie among all tokens; each row is (tokens of its context, lengths of its branches)."""
 
     def __init__(self, rows: Sequence[tuple[int, Sequence[int]]]) -> None:
-        self.lengths = [context + sum(branches) for context, branches in rows]
-        self.begins = [0, *accumulate(self.lengths)]
+        self.begins = [0, *accumulate(context + sum(branches) for context, branches in rows)]
         self.pieces = [n for context, branches in rows for n in (context, sum(branches))]
         self.branches = [Branches(context, lengths) if lengths else None for context, lengths in rows]
 

@@ -139,7 +139,7 @@ def evaluate(model: Model, corpus: Corpus, vocab: int, seed: int = 7) -> dict[st
         result[name + ".answer"] = round(sum(out.sums[k] for k in answers) / tokens, 4)
         only = [Row(r.prefix, r.parts, [b for b in r.branches if b.kind == "answer"], source=r.source) for r in rows]
         got = forward(model, only, corpus.separator).exact
-        result[name + ".em"] = round(100 * sum(e[2] for e in got) / max(1, len(got)), 1)
+        result[name + ".em"] = round(100 * sum(got) / max(1, len(got)), 1)
         if out.counts["reconstruct"]:
             result[name + ".rec"] = round(out.sums["reconstruct"] / out.counts["reconstruct"], 4)
 
