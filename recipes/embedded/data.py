@@ -18,7 +18,14 @@ from pathlib import Path
 from cloze import SENTENCE_GAP, cloze_questions
 from tokenizers import Tokenizer
 
-from ctxcomp_rag.evaluation.fictional import KINDS, NOT_STATED, FictionalDocument, Split, generate_document
+from ctxcomp_rag.evaluation.fictional import (
+    KINDS,
+    NOT_STATED,
+    FictionalDocument,
+    QuestionAnswer,
+    Split,
+    generate_document,
+)
 
 MAX_CHUNK = 112
 PARAGRAPH = 224  # as text, contexts may be longer: the more questions share one, the more of them a second serves
@@ -46,6 +53,7 @@ class Branch:
     answer_start: int
     kind: str
     stands: tuple[int, int] | None = None  # the part, and its token, at which the context states the answer
+    name: tuple[int, int] | None = None  # first and last token of the name of what it asks about
 
     @property
     def answer(self) -> list[int]:
@@ -59,7 +67,7 @@ class Row:
     branches: list[Branch] = field(default_factory=list)
     language_model: bool = False  # whether the next token of the text parts is asked for
     source: str = ""
-    names: list[tuple[int, int] | None] = field(default_factory=list)  # by part: where it says what it is about
+    names: list[list[tuple[int, int]]] = field(default_factory=list)  # by part: wherever it says what it is about
 
     def find_answers(self) -> None:
         """Where each answer stands, if it stands in one place only."""
@@ -178,14 +186,12 @@ class Corpus:
             if len(ids) <= MAX_CHUNK:
                 return ids, document
 
-    def name_of(self, document: FictionalDocument) -> tuple[int, int] | None:
-        """First and last token of the subject's name, where the document first has it."""
-        begin = document.text.find(document.subject)
-        if begin < 0:
-            return None
-        offsets = self.tokenizer.encode(document.text, add_special_tokens=False).offsets
-        inside = [i for i, (a, b) in enumerate(offsets) if b > begin and a < begin + len(document.subject)]
-        return inside[0], inside[-1]
+    def mentions(self, text: str, name: str) -> list[tuple[int, int]]:
+        """First and last token of a name, wherever the text has it."""
+        offsets = self.tokenizer.encode(text, add_special_tokens=False).offsets
+        inside = [[i for i, (a, b) in enumerate(offsets) if b > found.start() and a < found.end()]
+                  for found in re.finditer(re.escape(name), text)]
+        return [(tokens[0], tokens[-1]) for tokens in inside]
 
     def beginning_with(self, rng: random.Random, fact: str) -> FictionalDocument:
         """A document that states this fact first."""
@@ -196,13 +202,12 @@ class Corpus:
 
     def fictional_branches(self, rng: random.Random, document: FictionalDocument, count: int,
                            middle: str) -> list[Branch]:
-        chosen = rng.sample(document.questions, min(count, len(document.questions)))
+        chosen = [(document.subject, q) for q in rng.sample(document.questions, min(count, len(document.questions)))]
         if document.unanswerable and rng.random() < 0.5:
-            chosen[-1] = rng.choice(document.unanswerable)
-        if rng.random() < 0.15:  # a question about a document that is not there
-            absent = rng.choice(self.fictional(rng, document.kind)[1].questions)
-            chosen[-1] = replace(absent, answer=NOT_STATED)
-        return [self.question(self.ids(middle.replace("{q}", c.question)), self.answer_ids(c.answer)) for c in chosen]
+            chosen[-1] = document.subject, rng.choice(document.unanswerable)
+        if rng.random() < 0.15:
+            chosen[-1] = self.absent(rng, document.kind)
+        return [self.about(*c, middle) for c in chosen]
 
     def telling_apart(self, rng: random.Random, documents: list[FictionalDocument], middle: str) -> list[Branch]:
         """Up to three questions about each document, first about facts that another document states too; sometimes
@@ -211,14 +216,24 @@ class Corpus:
         asked = []
         for d in documents:
             order = sorted(d.questions, key=lambda q: (stated[q.fact] == 1) + rng.random() * 0.9)
-            asked += order[: rng.choice((1, 2)) if len(documents) > 4 else rng.choice((2, 3))]
+            count = rng.choice((1, 2)) if len(documents) > 4 else rng.choice((2, 3))
+            asked += [(d.subject, q) for q in order[:count]]
         if rng.random() < 0.3:
-            missing = [q for d in documents for q in d.unanswerable]
-            asked.append(rng.choice([q for q in missing if stated[q.fact]] or missing))
+            missing = [(d.subject, q) for d in documents for q in d.unanswerable]
+            asked.append(rng.choice([(s, q) for s, q in missing if stated[q.fact]] or missing))
         if rng.random() < 0.15:
-            absent = rng.choice(self.fictional(rng, documents[0].kind)[1].questions)
-            asked.append(replace(absent, answer=NOT_STATED))
-        return [self.question(self.ids(middle.replace("{q}", c.question)), self.answer_ids(c.answer)) for c in asked]
+            asked.append(self.absent(rng, documents[0].kind))
+        return [self.about(*c, middle) for c in asked]
+
+    def absent(self, rng: random.Random, kind: str) -> tuple[str, QuestionAnswer]:
+        """A subject that no document is about, and a question about it."""
+        document = self.fictional(rng, kind)[1]
+        return document.subject, replace(rng.choice(document.questions), answer=NOT_STATED)
+
+    def about(self, subject: str, asked: QuestionAnswer, middle: str) -> Branch:
+        before = middle.replace("{q}", asked.question)
+        branch = self.question(self.ids(before), self.answer_ids(asked.answer))
+        return replace(branch, name=self.mentions(before, subject)[0])
 
     def question(self, before: list[int], answer: list[int]) -> Branch:
         return Branch([*before, *answer, self.eos], len(before), "answer")
@@ -312,7 +327,7 @@ class Corpus:
             else:
                 documents = [self.fictional(rng, kind)[1] for _ in factors]
             contents = [self.ids(d.text) for d in documents]
-            row.names = [self.name_of(d) for d in documents]
+            row.names = [self.mentions(d.text, d.subject) for d in documents]
             row.branches = self.telling_apart(rng, documents, middle)
         else:
             target = rng.choice(self.answerable)

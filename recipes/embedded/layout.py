@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import chain
 
 from data import Row
 
@@ -68,11 +69,12 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
             flat.slot.append(span_starts[k] + j)
         place += len(ids)
     flat.context = len(flat.ids)
-    named: dict[int, tuple[int, ...]] = {}  # by part, the columns of its name
-    for k, (there, name) in enumerate(zip(held, row.names, strict=False)):
-        if name:
-            named[k] = tuple(sorted({*there[name[0] : name[1] + 1]}))
-            flat.points += [(column, named[k], "bind") for column in sorted({*there}) if column > named[k][-1]]
+    named: dict[int, tuple[int, ...]] = {}  # by part, the columns that name it, wherever it does
+    for k, (there, mentions) in enumerate(zip(held, row.names, strict=False)):
+        spelt = [tuple(sorted({*there[first : last + 1]})) for first, last in mentions]
+        if spelt:
+            named[k] = tuple(sorted({*chain(*spelt)}))
+            flat.points += [(column, spelt[0], "bind") for column in sorted({*there}) if column > spelt[0][-1]]
     columns: dict[int, list[int]] = {}
     for (ids, _), there in zip(row.parts, held, strict=True):
         for token, column in zip(ids, there, strict=True):
@@ -96,6 +98,9 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
         asked = branch.ids[: branch.answer_start] if branch.kind != "reconstruct" else []
         flat.points += [(base + i, tuple(columns[token]), "match") for i, token in enumerate(asked)
                         if 0 < len(columns.get(token, ())) <= FEW]
+        if branch.name is not None:
+            first, last = branch.name
+            flat.points.append((base + branch.answer_start - 1, tuple(range(base + first, base + last + 1)), "who"))
         if branch.stands is not None:
             part, first = branch.stands
             ids, there = row.parts[part][0], held[part]

@@ -17,11 +17,11 @@ from parallel import total
 from torch import Tensor
 
 # The losses that tell the first head of a block where to look, and that block: a token of a question, where the context
-# has the same one; a token of one of several documents, at the name of what this document is about, and by the same
-# head what predicts an answer, at the name in question; the first token of an answer, where the context states it;
-# further tokens, each in its turn.
-POINTING = {"match": 0.2, "bind": 0.2, "ask": 0.3, "point": 0.7, "follow": 0.3}
-HEADS = {"match": 1, "bind": -3, "ask": -3, "point": -2, "follow": -2}
+# has the same one; what predicts an answer, at the name that the question has; by the same head, a token of one of
+# several documents, at the name of what this document is about, and what predicts an answer, at the name in question;
+# the first token of an answer, where the context states it; further tokens, each in its turn.
+POINTING = {"match": 0.2, "who": 0.2, "bind": 0.2, "ask": 0.3, "point": 0.7, "follow": 0.3}
+HEADS = {"match": 1, "who": -4, "bind": -3, "ask": -3, "point": -2, "follow": -2}
 # One mean over all tokens that are read from the context. With a mean for each kind, the few of a rare kind made most
 # of the gradient's noise: its norm was 12 where that of SQuAD's answers was 3.
 READ = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 1.0,

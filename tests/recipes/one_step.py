@@ -32,7 +32,7 @@ for factor in (None, 2.0, 4.0, None, 3.0):
         branches.append(Branch([91, *content, 2], 1, "reconstruct"))
     rows.append(Row([1], [(content, factor)], branches, language_model=1.0 if factor is None else 0.0))
 torch.manual_seed(0)
-model = Model(Shape(vocab_size=90, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48, lora_rank=4))
+model = Model(Shape(vocab_size=90, hidden_size=32, num_layers=4, num_heads=4, intermediate_size=48, lora_rank=4))
 with torch.no_grad():
     for p in model.parameters():
         p.add_(torch.randn_like(p) * 0.1)

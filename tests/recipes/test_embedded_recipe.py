@@ -30,7 +30,7 @@ def model(recipe: ModuleType) -> torch.nn.Module:
     torch.manual_seed(0)
     from model import Shape
 
-    shape = Shape(vocab_size=90, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=48, lora_rank=4)
+    shape = Shape(vocab_size=90, hidden_size=32, num_layers=4, num_heads=4, intermediate_size=48, lora_rank=4)
     made = recipe.Model(shape)
     with torch.no_grad():
         for p in made.parameters():  # nothing stays zero: every path has to count
@@ -144,11 +144,12 @@ def test_tokens_of_a_document_and_questions_about_it_look_at_its_name(recipe: Mo
     from data import Branch, Row
     from layout import lay_out
 
-    row = Row([1], [([5, 6, 7, 8], None), ([8, 7, 6, 5, 4, 3], 2.0)], [Branch([30, 4, 2], 1, "answer", (1, 4))],
-              names=[(1, 2), (0, 2)])
+    about_it = Branch([30, 31, 32, 4, 2], 3, "answer", stands=(1, 4), name=(1, 1))
+    row = Row([1], [([5, 6, 7, 8], None), ([8, 7, 6, 5, 4, 3], 2.0)], [about_it],
+              names=[[(1, 2)], [(0, 2), (5, 5)]])
     flat = lay_out(row, [3], {1: 0})  # bos, four tokens, a separator, three slots, the branch
     assert flat.points[:2] == [(4, (2, 3), "bind"), (8, (6, 7), "bind")]
-    assert flat.points[2:] == [(9, (6, 7), "ask"), (9, (8,), "point")]
+    assert flat.points[2:] == [(11, (10,), "who"), (11, (6, 7, 8), "ask"), (11, (8,), "point")]
 
 
 def test_a_documents_name_is_found_in_its_tokens(recipe: ModuleType) -> None:
@@ -158,12 +159,18 @@ def test_a_documents_name_is_found_in_its_tokens(recipe: ModuleType) -> None:
     from ctxcomp_rag.evaluation.fictional import generate_document
 
     corpus = Corpus.__new__(Corpus)
+    corpus.eos = 0
     corpus.tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(
         sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
     corpus.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     document = generate_document(random.Random(4), "train")
-    first, last = corpus.name_of(document)
-    assert document.text[first : last + 1] == document.subject  # a token a letter
+    found = corpus.mentions(document.text, document.subject)
+    assert {document.text[first : last + 1] for first, last in found} == {document.subject}  # a token is a letter
+    assert len(found) == document.text.count(document.subject) > 1
+    before, after = "<|bos|>Well: ", "<|end|>"
+    asked = corpus.about(document.subject, document.questions[0], before + "{q}" + after)
+    first, last = asked.name
+    assert (before + document.questions[0].question)[first : last + 1] == document.subject
 
 
 def test_a_reconstruction_follows_the_slots_that_hold_its_tokens(recipe: ModuleType) -> None:
@@ -250,7 +257,7 @@ def test_an_untrained_decoder_has_heads_that_look_back(recipe: ModuleType) -> No
     from positional import HEADS, set_positional_heads
 
     torch.manual_seed(0)
-    made = recipe.Model(Shape(vocab_size=90, num_layers=3))
+    made = recipe.Model(Shape(vocab_size=90, num_layers=4))
     lengths = made.embed.norm(dim=1)
     set_positional_heads(made)
     torch.testing.assert_close(made.embed.norm(dim=1), lengths)
