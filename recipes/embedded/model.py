@@ -27,8 +27,8 @@ class Shape:
     max_positions: int = 2048
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
-    lora_rank: int = 32
-    lora_alpha: int = 64
+    lora_rank: int = 64
+    lora_alpha: int = 128
 
     @property
     def head_dim(self) -> int:

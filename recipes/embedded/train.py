@@ -44,7 +44,7 @@ class Schedule:
     """Steps of each stage and where its learning rate starts to fall (share of the stage)."""
 
     text: int = 3200
-    joint: int = 3000
+    joint: int = 3800
     compressor: int = 600
     decay_from: float = 0.5
     muon_lr: float = 2e-3
