@@ -223,9 +223,12 @@ class IndexReader:
 
         Search vectors that do not fit are made again from the table; `notes` says so. `progress` is called with the
         number of rows read and of all rows.
+
+        Raises:
+            IndexUnreachableError: the object store of the index does not hand out its rows.
         """
         def check(table: TableReader) -> VerifyReport:
-            damaged = check_rows(table.uncached(), self.spec, self.vector_size, progress)
+            damaged = check_rows(table, self.spec, self.vector_size, progress)
             with self._state:
                 current = table.version == self._table.version
                 notes = check_vectors(table, self._vectors) if current and not damaged else []

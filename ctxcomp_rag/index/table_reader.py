@@ -137,6 +137,10 @@ class TableReader(ABC):
         """The same rows, read anew from where they are stored."""
         return self
 
+    def require_answers(self, row_ids: Sequence[int]) -> None:
+        """Raises IndexUnreachableError where the store of these rows does not hand out what it has."""
+        return
+
     def stored_bytes(self) -> int:
         """Bytes of all files of the index."""
         return folder_bytes(self.folder)

@@ -43,26 +43,33 @@ class VerifyReport:
 
 def check_rows(table: TableReader, spec: SpanSpec, vector_size: int, progress: Callable[[int, int], None] | None = None
                ) -> list[Damage]:
-    """Read all rows; the damaged ones, and the files that cannot be read at all."""
-    damaged = [Damage("", "", f"{file} cannot be read: {why}") for file, why in table.unreadable.items()]
-    if table.altered:
-        damaged.append(Damage("", "", f"the manifest of version {table.version} is not what was written: chunks may "
+    """Read all rows; the damaged ones, and the files that cannot be read at all.
+
+    Raises:
+        IndexUnreachableError: rows cannot be read because the object store does not hand them out; that is no damage.
+    """
+    stored = table.uncached()
+    damaged = [Damage("", "", f"{file} cannot be read: {why}") for file, why in stored.unreadable.items()]
+    if stored.altered:
+        damaged.append(Damage("", "", f"the manifest of version {stored.version} is not what was written: chunks may "
                                       "be missing"))
-    torn = table.newer_unreadable()
+    torn = stored.newer_unreadable()
     if torn:
         damaged.append(Damage("", "", f"{torn.name} cannot be read: the last change of the index is missing"))
-    names = {row_id: chunk_id for chunk_id, row_id in table.rows.items()}
-    owners = {chunk_id: document_id for document_id, chunks in table.documents.items() for chunk_id in chunks}
+    names = {row_id: chunk_id for chunk_id, row_id in stored.rows.items()}
+    owners = {chunk_id: document_id for document_id, chunks in stored.documents.items() for chunk_id in chunks}
     row_ids = list(names)
     for start in range(0, len(row_ids), ROWS_PER_READ):
         batch = row_ids[start : start + ROWS_PER_READ]
         try:
-            _check(table, batch, spec, vector_size)
+            _check(stored, batch, spec, vector_size)
         except Exception:
-            for row_id in batch:  # one by one, to name the chunk
+            table.require_answers(batch)  # before rows are read one by one, each of them waiting for an answer
+            for row_id in batch:  # to name the chunk
                 try:
-                    _check(table, [row_id], spec, vector_size)
+                    _check(stored, [row_id], spec, vector_size)
                 except Exception as error:
+                    table.require_answers([row_id])
                     chunk_id = names[row_id]
                     damaged.append(Damage(chunk_id, owners.get(chunk_id, ""), str(error)))
         if progress:

@@ -323,6 +323,14 @@ def test_a_store_that_refuses_or_stops_answering_is_not_taken_for_damage(
         MemoryIndex.open(published)
 
 
+def test_verify_of_a_store_that_refuses_names_no_chunk_as_damaged(published: str, s3: S3Server) -> None:
+    with MemoryIndex.open(published) as index:
+        with s3.refusing(lambda request: DATA in request.name), \
+                pytest.raises(IndexUnreachableError, match="access was denied"):
+            index.verify()
+        assert index.verify().ok
+
+
 def test_without_obstore_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore.store", None)
     with pytest.raises(InputError, match=r"pip install 'ctxcomp-rag\[s3\]'"):
