@@ -106,12 +106,16 @@ class Model(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def run(self, x: Tensor, positions: Tensor, packing: Packing, where: Tensor, encoder: bool,
-            tap: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Hidden states (len(where), hidden_size) of the tokens at `where`."""
+            tap: list[tuple[Tensor, Tensor]] | None = None, states: list[Tensor] | None = None) -> Tensor:
+        """Hidden states (len(where), hidden_size) of the tokens at `where`; `states` takes those of all tokens, of all
+        layers but the last."""
         cos = self.cos[positions][:, None, None, :]
         sin = self.sin[positions][:, None, None, :]
         for block in self.blocks:
-            x = block(x, cos, sin, packing, encoder, tap, where if block is self.blocks[-1] else None)
+            last = block is self.blocks[-1]
+            x = block(x, cos, sin, packing, encoder, tap, where if last else None)
+            if states is not None and not last:
+                states.append(x)
         return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.shape.rms_norm_eps)
 
     def encode(self, ids: Tensor, positions: Tensor, packing: Packing, where: Tensor) -> Tensor:
@@ -120,13 +124,13 @@ class Model(nn.Module):
         return self.run(F.embedding(ids, table), positions, packing, where, encoder=True)
 
     def decode(self, ids: Tensor, slots: Tensor, slot: Tensor, positions: Tensor, packing: Packing, where: Tensor,
-               tap: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+               tap: list[tuple[Tensor, Tensor]] | None = None, states: list[Tensor] | None = None) -> Tensor:
         """Logits (len(where), vocab) at `where`; id vocab_size + 1 is [AE]; row `slot` of `slots` enters where it is
-        not -1; `tap` takes what Block says, of every layer."""
+        not -1; `tap` takes what Block says, of every layer, `states` what `run` says."""
         x = F.embedding(ids, torch.cat([self.embed, self.special]))
         if slots.shape[0]:
             x = torch.where((slot >= 0)[:, None], slots[slot.clamp(min=0)], x)
-        return F.linear(self.run(x, positions, packing, where, encoder=False, tap=tap), self.embed)
+        return F.linear(self.run(x, positions, packing, where, False, tap, states), self.embed)
 
     def compressor_parameters(self) -> list[nn.Parameter]:
         return [p for n, p in self.named_parameters() if "lora_" in n or n == "special"]

@@ -14,6 +14,7 @@ from layout import Flat, lay_out, num_slots, slot_places
 from model import Model
 from packed import Packing
 from parallel import total
+from teaching import distillation_loss
 from torch import Tensor
 
 # The losses that tell the first head of a block where to look, and that block: a token of a question, where the context
@@ -107,13 +108,19 @@ class Outcome:
     exact: list[bool]
 
 
-def forward(model: Model, rows: list[Row], separator: list[int], naming: float = 0.0) -> Outcome:
-    """Loss of these rows. With several processes, means are over the rows of all of them."""
+def forward(model: Model, rows: list[Row], separator: list[int], naming: float = 0.0, taught: float = 0.0) -> Outcome:
+    """Loss of these rows. With several processes, means are over the rows of all of them.
+
+    Args:
+        naming: weight of the naming loss.
+        taught: weight of what the documents as text teach (see `teaching`); rows that are all text have none.
+    """
     spans = [(ids, f) for row in rows for ids, f in row.parts if f is not None]
     slots, starts = encode_spans(model, spans) if spans else (torch.zeros(0, model.shape.hidden_size), [0])
     flats, begin = [], iter(starts)
     for row in rows:
         flats.append(lay_out(row, separator, {k: next(begin) for k, (_, f) in enumerate(row.parts) if f is not None}))
+    rows = [r for r, f in zip(rows, flats, strict=True) if f.targets]
     flats = [f for f in flats if f.targets]
     kind_counts = Counter(t[2] for f in flats for t in (*f.targets, *f.points))
     counted = total(torch.tensor([float(kind_counts[k]) for k in KINDS] + [float(len(slots))]))
@@ -130,7 +137,8 @@ def forward(model: Model, rows: list[Row], separator: list[int], naming: float =
     ids, places, slot = (torch.tensor([x for f in flats for x in part(f)])
                          for part in (attrgetter("ids"), attrgetter("places"), attrgetter("slot")))
     tap: list[tuple[Tensor, Tensor]] = []
-    logits = model.decode(ids, slots, slot, places, packing, where, tap)
+    states: list[Tensor] = []
+    logits = model.decode(ids, slots, slot, places, packing, where, tap, states)
     sums = dict.fromkeys(KINDS, 0.0)
     for kind, block in HEADS.items():
         pointed = pointing_loss(tap[block], flats, kind)
@@ -138,6 +146,9 @@ def forward(model: Model, rows: list[Row], separator: list[int], naming: float =
         sums[kind] = float(pointed.detach())
     each = F.cross_entropy(logits, labels, reduction="none")
     loss = loss + (each * torch.tensor([weights[k] for k in KINDS])[kind_of]).sum()
+    if taught:
+        loss = loss + taught * distillation_loss(model, rows, flats, packing.begins, separator, states, logits,
+                                                 [(n, kind) for _, _, kind, _, n in targets])
     with torch.no_grad():
         for i, k in enumerate(KINDS):
             if k not in POINTING:

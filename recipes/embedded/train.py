@@ -35,6 +35,8 @@ STAGES = ("text", "joint", "compressor")
 # The learning rate of a stage, relative to the largest one, and what it falls to. Copying forms at the largest; SQuAD's
 # answers differ so much that at this rate most of what a step moves is noise (benchmarks/LOG.md).
 RATES = {"text": (1.0, 0.4), "joint": (0.5, 0.015), "compressor": (0.2, 0.006)}
+# Weight of what the documents as text teach those that read slots.
+TAUGHT = {"text": 0.0, "joint": 0.0, "compressor": 1.0}
 EMBEDDING_NORM = 0.32
 COPYING = 400  # steps until copying has formed
 
@@ -214,7 +216,7 @@ def main() -> None:
             for optimizer, rate in zip(optimizers, (schedule.muon_lr, schedule.adam_lr), strict=True):
                 optimizer.param_groups[0]["lr"] = rate * scale
             mine = share(rows, [cost(r) for r in rows], rank, world)
-            out = forward(model, mine, corpus.separator, naming=schedule.naming(stage, step))
+            out = forward(model, mine, corpus.separator, schedule.naming(stage, step), TAUGHT[stage])
             out.loss.backward()
             sum_gradients(model.parameters())
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)

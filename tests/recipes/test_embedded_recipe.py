@@ -76,6 +76,36 @@ def test_a_question_branch_scores_as_a_prompt_of_its_own(recipe: ModuleType, mod
     assert outcome.counts["answer"] == 3 + 3
 
 
+def test_slots_are_taught_by_the_exported_decoder_reading_text(recipe: ModuleType, model: torch.nn.Module) -> None:
+    """Answers and hidden states of a question; neither reconstructions nor rows that are all text count."""
+    sys.path.insert(0, str(RECIPE))
+    import export
+    from data import Branch, Row
+    from layout import slot_places
+    from objective import encode_spans, forward
+
+    rng = random.Random(2)
+    context, branch, other = ([rng.randrange(3, 90) for _ in range(n)] for n in (9, 7, 5))
+    rows = [Row([1], [(context, 3.0)], [Branch([91, *context, 2], 1, "reconstruct"), Branch(branch, 4, "answer")]),
+            Row([1], [(context, None)], [Branch(other, 2, "answer")])]
+    llama = export.build_decoder(model, model.shape, {"bos": 1, "eos": 2, "pad": 0})
+    with torch.no_grad():
+        gained = forward(model, rows, [3], taught=0.5).loss - forward(model, rows, [3]).loss
+        slots, _ = encode_spans(model, [(context, 3.0)])
+        embed = llama.get_input_embeddings()
+        text = llama(torch.tensor([[1, *context, *branch]]), output_hidden_states=True)
+        places = torch.tensor([[0, *(1 + p for p in slot_places(9, 3)), *range(10, 17)]])
+        rows_in = torch.cat([embed(torch.tensor([1])), slots, embed(torch.tensor(branch))])[None]
+        spans = llama(inputs_embeds=rows_in, position_ids=places, attention_mask=torch.ones(1, 11),
+                      output_hidden_states=True)
+        wanted, got = (x.logits[0, -4:-1].log_softmax(-1) for x in (text, spans))  # predict tokens 4, 5 and 6
+        expected = (wanted.exp() * (wanted - got)).sum() / 3
+        for layer in range(1, 4):
+            wanted, got = (x.hidden_states[layer][0, -7:] for x in (text, spans))
+            expected += (got - wanted).square().sum() / 7 / wanted.square().sum(-1).mean()
+    assert float(gained) == pytest.approx(0.5 * float(expected), rel=1e-3)
+
+
 def test_packed_rows_attend_as_one_masked_square_each(recipe: ModuleType) -> None:
     from packed import Packing
 

@@ -1,0 +1,71 @@
+"""Self-distillation: what the decoder makes of a question with the documents as text is what it should make of it with
+their slots. Positions are the same in both, so each token of a question or answer has its counterpart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from operator import attrgetter
+
+import torch
+import torch.nn.functional as F
+from data import Row
+from layout import Flat, lay_out
+from model import Model
+from packed import Packing
+from parallel import total
+from torch import Tensor
+
+ANSWERS = {"answer", "answer-home", "answer-several", "answer-short", "cloze"}
+
+
+def as_text(row: Row) -> Row:
+    """The same questions, every document as text; nothing is reconstructed."""
+    asked = [b for b in row.branches if b.kind != "reconstruct"]
+    return replace(row, parts=[(ids, None) for ids, _ in row.parts], branches=asked, language_model=False)
+
+
+def asked_columns(rows: list[Row], flats: list[Flat], begins: list[int]) -> Tensor:
+    """Columns, among all tokens, of every branch but reconstructions."""
+    columns: list[int] = []
+    for row, flat, begin in zip(rows, flats, begins, strict=False):
+        first = begin + flat.context
+        for branch, length in zip(row.branches, flat.branches, strict=True):
+            columns += range(first, first + length) if branch.kind != "reconstruct" else ()
+            first += length
+    return torch.tensor(columns, dtype=torch.long)
+
+
+def distillation_loss(model: Model, rows: list[Row], flats: list[Flat], begins: list[int], separator: list[int],
+                      states: list[Tensor], logits: Tensor, kinds: list[tuple[int, str]]) -> Tensor:
+    """KL of the predictions of answers, mean over their tokens, and for every layer but the last the squared distance
+    of hidden states, mean over the tokens of questions and answers, relative to their squared length.
+
+    Args:
+        rows, flats, begins: the rows, how they are laid out, and where each begins among all tokens.
+        states: hidden states (tokens, hidden_size) of every layer but the last.
+        logits: (targets, vocabulary).
+        kinds: the row and the loss kind of each target.
+    """
+    pupils = [n for n, row in enumerate(rows) if as_text(row).branches and any(f is not None for _, f in row.parts)]
+    columns = asked_columns([rows[n] for n in pupils], [flats[n] for n in pupils], [begins[n] for n in pupils])
+    chosen = torch.tensor([i for i, (n, kind) in enumerate(kinds) if n in pupils and kind in ANSWERS], dtype=torch.long)
+    counted = total(torch.tensor([float(len(columns)), float(len(chosen))])).clamp(min=1)
+    loss = torch.zeros(())
+    if not pupils:
+        return loss
+    texts = [as_text(rows[n]) for n in pupils]
+    laid = [lay_out(text, separator, {}) for text in texts]
+    packing = Packing([(f.context, f.branches) for f in laid])
+    ids, places, slot = (torch.tensor([x for f in laid for x in part(f)])
+                         for part in (attrgetter("ids"), attrgetter("places"), attrgetter("slot")))
+    where = torch.tensor([begin + t[0] for f, begin in zip(laid, packing.begins, strict=False) for t in f.targets
+                          if t[2] in ANSWERS])
+    taught: list[Tensor] = []
+    with torch.no_grad():
+        wanted = model.decode(ids, torch.zeros(0, model.shape.hidden_size), slot, places, packing, where, states=taught)
+        same = asked_columns(texts, laid, packing.begins)
+    loss = loss + F.kl_div(logits[chosen].log_softmax(-1), wanted.log_softmax(-1), reduction="sum",
+                           log_target=True) / counted[1]
+    for mine, theirs in zip(states, (t[same] for t in taught), strict=True):
+        loss = loss + (mine[columns] - theirs).square().sum() / theirs.square().sum(-1).mean() / counted[0]
+    return loss
