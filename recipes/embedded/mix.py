@@ -25,9 +25,9 @@ def draw_factor(rng: random.Random, source: str, progress: float, limit: float) 
 
 # Rows of one step by stage: one document as text, one as slots, several documents as text, as slots or as both.
 MIX = {"text": ({"fictional": 1, "squad": 12, "wiki": 1}, {}, {"fictional": 1, "squad": 1}),
-       "joint": ({"fictional": 1, "squad": 4}, {"fictional": 4, "squad": 5, "wiki": 2},
+       "joint": ({"fictional": 1, "squad": 3}, {"fictional": 4, "squad": 6, "wiki": 4},
                  {"fictional": 2, "squad": 1}),
-       "compressor": ({}, {"fictional": 5, "squad": 3, "wiki": 2}, {"fictional": 3, "squad": 1})}
+       "compressor": ({}, {"fictional": 4, "squad": 6, "wiki": 3}, {"fictional": 2, "squad": 1})}
 
 
 def step_rows(corpus: Corpus, stage: str, rng: random.Random, progress: float, scale: float, vocab: int,

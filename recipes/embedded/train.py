@@ -46,7 +46,7 @@ class Schedule:
     """Steps of each stage and where its learning rate starts to fall (share of the stage)."""
 
     text: int = 3200
-    joint: int = 3800
+    joint: int = 4400
     compressor: int = 600
     decay_from: float = 0.5
     muon_lr: float = 2e-3
