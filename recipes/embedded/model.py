@@ -71,7 +71,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing, encoder: bool,
                 tap: list[tuple[Tensor, Tensor]] | None = None, kept: Tensor | None = None) -> Tensor:
         """Hidden states (tokens, hidden_size), or those at `kept`; `tap` takes the queries and keys, each (tokens,
-        head_dim), of the first head."""
+        heads, head_dim)."""
         s = self.shape
         qkv_w, o_w, gate_up_w, down_w = self.matrices(encoder)
         n, d = x.shape
@@ -80,7 +80,7 @@ class Block(nn.Module):
         one, two = qk.chunk(2, dim=-1)
         q, k = (qk * cos + torch.cat([-two, one], dim=-1) * sin).unbind(1)
         if tap is not None:
-            tap.append((q[:, 0], k[:, 0]))
+            tap.append((q, k))
         a = packing.attend(q, k, v[:, 0])
         if kept is not None:
             x, a = x.index_select(0, kept), a.index_select(0, kept)

@@ -17,12 +17,14 @@ from parallel import total
 from teaching import distillation_loss
 from torch import Tensor
 
-# The losses that tell the first head of a block where to look, and that block: a token of a question, where the context
-# has the same one; what predicts an answer, at the name that the question has; by the same head, a token of one of
-# several documents, at the name of what this document is about, and what predicts an answer, at the name in question;
-# the first token of an answer, where the context states it; further tokens, each in its turn.
+# The losses that tell the first heads of a block where to look: a token of a question, where the context has the same
+# one; what predicts an answer, at the name that the question has; by the same head, a token of one of several
+# documents, at the name of what this document is about, and what predicts an answer, at the name in question; the first
+# token of an answer, where the context states it; further tokens, each in its turn.
 POINTING = {"match": 0.2, "who": 0.2, "bind": 0.2, "ask": 0.3, "point": 0.7, "follow": 0.3}
-HEADS = {"match": 1, "who": -4, "bind": -3, "ask": -3, "point": -2, "follow": -2}
+# Their block, and how many heads. What answers are copied with are all heads of a block: a slot holds many tokens, and
+# one head would pass on no more than its own 64 numbers of it, whichever of them is wanted.
+HEADS = {"match": (1, 1), "who": (-4, 1), "bind": (-3, 1), "ask": (-3, 1), "point": (-2, 4), "follow": (-2, 4)}
 # One mean over all tokens that are read from the context. With a mean for each kind, the few of a rare kind made most
 # of the gradient's noise: its norm was 12 where that of SQuAD's answers was 3.
 READ = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 1.0,
@@ -51,28 +53,29 @@ def encode_spans(model: Model, spans: list[tuple[list[int], float]]) -> tuple[Te
     return slots, [0, *accumulate(counts)]
 
 
-def pointing_loss(tapped: tuple[Tensor, Tensor], flats: list[Flat], kind: str) -> Tensor:
-    """Sum over the points of a kind of -log of what one head's attention lays on the targets (see HEADS).
+def pointing_loss(tapped: tuple[Tensor, Tensor], flats: list[Flat], kind: str, heads: int) -> Tensor:
+    """Sum over the points of a kind of -log of what attention lays on the targets, mean over the first `heads` heads.
 
     A guide for the heads that match and copy: an answer says which token comes next, and not where it was to be read.
     """
     loss = torch.zeros(())
-    for flat, queries, keys in zip(flats, *(x.split([len(f.ids) for f in flats]) for x in tapped), strict=True):
+    for flat, queries, keys in zip(flats, *(x[:, :heads].split([len(f.ids) for f in flats]) for x in tapped),
+                                   strict=True):
         points = [(column, targets) for column, targets, k in flat.points if k == kind]
         if not points:
             continue
         column = torch.tensor([c for c, _ in points])
-        scores = queries.index_select(0, column) @ keys.T * queries.shape[-1] ** -0.5
+        scores = torch.einsum("phd,thd->hpt", queries.index_select(0, column), keys) * queries.shape[-1] ** -0.5
         begins = accumulate(flat.branches, initial=flat.context)
         begin = torch.tensor([0] * flat.context
                              + [b for b, n in zip(begins, flat.branches, strict=False) for _ in range(n)])
         every = torch.arange(len(flat.ids))
         hidden = (every > column[:, None]) | ((every >= flat.context) & (every < begin[column][:, None]))
-        elsewhere = torch.ones(scores.shape, dtype=torch.bool)
+        elsewhere = torch.ones(hidden.shape, dtype=torch.bool)
         elsewhere[[n for n, (_, targets) in enumerate(points) for _ in targets],
                   [t for _, targets in points for t in targets]] = False
-        loss = loss + (scores.masked_fill(hidden, -1e9).logsumexp(1)
-                       - scores.masked_fill(elsewhere, -1e9).logsumexp(1)).sum()
+        loss = loss + (scores.masked_fill(hidden, -1e9).logsumexp(-1)
+                       - scores.masked_fill(elsewhere, -1e9).logsumexp(-1)).sum() / heads
     return loss
 
 
@@ -140,8 +143,8 @@ def forward(model: Model, rows: list[Row], separator: list[int], naming: float =
     states: list[Tensor] = []
     logits = model.decode(ids, slots, slot, places, packing, where, tap, states)
     sums = dict.fromkeys(KINDS, 0.0)
-    for kind, block in HEADS.items():
-        pointed = pointing_loss(tap[block], flats, kind)
+    for kind, (block, heads) in HEADS.items():
+        pointed = pointing_loss(tap[block], flats, kind, heads)
         loss = loss + pointed * weights[kind]
         sums[kind] = float(pointed.detach())
     each = F.cross_entropy(logits, labels, reduction="none")
