@@ -36,7 +36,7 @@ STAGES = ("text", "joint", "compressor")
 # answers differ so much that at this rate most of what a step moves is noise (benchmarks/LOG.md).
 RATES = {"text": (1.0, 0.4), "joint": (0.5, 0.015), "compressor": (0.2, 0.006)}
 # Weight of what the documents as text teach those that read slots.
-TAUGHT = {"text": 0.0, "joint": 0.0, "compressor": 1.0}
+TAUGHT = {"text": 0.0, "joint": 1.0, "compressor": 1.0}
 EMBEDDING_NORM = 0.32
 COPYING = 400  # steps until copying has formed
 
