@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import attrgetter
 
+import torch
 from data import Row
+from torch import Tensor
 
 FEW = 2  # a token that the context has more often says little about where to look
 
@@ -36,6 +39,13 @@ class Flat:
     slot: list[int]  # index into the slot table, -1 for text
     targets: list[tuple[int, int, str, int]]  # (column, label, loss kind, branch)
     points: list[tuple[int, tuple[int, ...], str]] = field(default_factory=list)  # a column, where to look, loss kind
+
+
+def columns_of(flats: list[Flat]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, places and slots of all rows, end to end, each (tokens,)."""
+    ids, places, slot = (torch.tensor([x for f in flats for x in part(f)])
+                         for part in (attrgetter("ids"), attrgetter("places"), attrgetter("slot")))
+    return ids, places, slot
 
 
 def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
 from data import Row
-from layout import Flat, lay_out, num_slots, slot_places
+from layout import Flat, columns_of, lay_out, num_slots, slot_places
 from model import Model
 from packed import Packing
 from parallel import total
@@ -22,8 +21,8 @@ from torch import Tensor
 # documents, at the name of what this document is about, and what predicts an answer, at the name in question; the first
 # token of an answer, where the context states it; further tokens, each in its turn.
 POINTING = {"match": 0.2, "who": 0.2, "bind": 0.2, "ask": 0.3, "point": 0.7, "follow": 0.3}
-# Their block, and how many heads. What answers are copied with are all heads of a block: a slot holds many tokens, and
-# one head would pass on no more than its own 64 numbers of it, whichever of them is wanted.
+# Their block, and how many heads. All heads of a block are to copy answers, so that more of a slot is passed on than
+# the 64 numbers of one head; what depends on the others was little when it was measured (benchmarks/LOG.md).
 HEADS = {"match": (1, 1), "who": (-4, 1), "bind": (-3, 1), "ask": (-3, 1), "point": (-2, 4), "follow": (-2, 4)}
 # One mean over all tokens that are read from the context. With a mean for each kind, the few of a rare kind made most
 # of the gradient's noise: its norm was 12 where that of SQuAD's answers was 3.
@@ -137,8 +136,7 @@ def forward(model: Model, rows: list[Row], separator: list[int], naming: float =
                for t in f.targets]
     where, labels = (torch.tensor([t[i] for t in targets]) for i in (0, 1))
     kind_of = torch.tensor([KINDS.index(t[2]) for t in targets])
-    ids, places, slot = (torch.tensor([x for f in flats for x in part(f)])
-                         for part in (attrgetter("ids"), attrgetter("places"), attrgetter("slot")))
+    ids, places, slot = columns_of(flats)
     tap: list[tuple[Tensor, Tensor]] = []
     states: list[Tensor] = []
     logits = model.decode(ids, slots, slot, places, packing, where, tap, states)

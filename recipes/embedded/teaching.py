@@ -4,18 +4,17 @@ their slots. Positions are the same in both, so each token of a question or answ
 from __future__ import annotations
 
 from dataclasses import replace
-from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
 from data import Row
-from layout import Flat, lay_out
+from layout import Flat, columns_of, lay_out
 from model import Model
 from packed import Packing
 from parallel import total
 from torch import Tensor
 
-ANSWERS = {"answer", "answer-home", "answer-several", "answer-short", "cloze"}
+NOT_ANSWERS = ("question", "reconstruct")  # loss kinds; rows with slots have no others
 
 
 def as_text(row: Row) -> Row:
@@ -46,24 +45,25 @@ def distillation_loss(model: Model, rows: list[Row], flats: list[Flat], begins: 
         logits: (targets, vocabulary).
         kinds: the row and the loss kind of each target.
     """
-    pupils = [n for n, row in enumerate(rows) if as_text(row).branches and any(f is not None for _, f in row.parts)]
+    texts = {n: text for n, row in enumerate(rows)
+             if any(f is not None for _, f in row.parts) and (text := as_text(row)).branches}
+    pupils = list(texts)
     columns = asked_columns([rows[n] for n in pupils], [flats[n] for n in pupils], [begins[n] for n in pupils])
-    chosen = torch.tensor([i for i, (n, kind) in enumerate(kinds) if n in pupils and kind in ANSWERS], dtype=torch.long)
+    chosen = torch.tensor([i for i, (n, kind) in enumerate(kinds) if n in texts and kind not in NOT_ANSWERS],
+                          dtype=torch.long)
     counted = total(torch.tensor([float(len(columns)), float(len(chosen))])).clamp(min=1)
     loss = torch.zeros(())
     if not pupils:
         return loss
-    texts = [as_text(rows[n]) for n in pupils]
-    laid = [lay_out(text, separator, {}) for text in texts]
+    laid = [lay_out(text, separator, {}) for text in texts.values()]
     packing = Packing([(f.context, f.branches) for f in laid])
-    ids, places, slot = (torch.tensor([x for f in laid for x in part(f)])
-                         for part in (attrgetter("ids"), attrgetter("places"), attrgetter("slot")))
+    ids, places, slot = columns_of(laid)
     where = torch.tensor([begin + t[0] for f, begin in zip(laid, packing.begins, strict=False) for t in f.targets
-                          if t[2] in ANSWERS])
+                          if t[2] not in NOT_ANSWERS])
     taught: list[Tensor] = []
     with torch.no_grad():
         wanted = model.decode(ids, torch.zeros(0, model.shape.hidden_size), slot, places, packing, where, states=taught)
-        same = asked_columns(texts, laid, packing.begins)
+        same = asked_columns(list(texts.values()), laid, packing.begins)
     loss = loss + F.kl_div(logits[chosen].log_softmax(-1), wanted.log_softmax(-1), reduction="sum",
                            log_target=True) / counted[1]
     for mine, theirs in zip(states, (t[same] for t in taught), strict=True):
