@@ -7,7 +7,7 @@ DATA holds `squad-train-v1.1.json.xz`. Run the command again after an interrupti
 Stages (Dai et al., ACL 2025): short texts repeated at 4x, the three special tokens included, which stay as they are
 from then on; reconstruction and continuation drawn half and half; questions. Not the paper's: slots are spread over the
 positions of the text, so that one compressor serves every factor it meets in training, and a quarter of the last stage
-goes on with reconstruction. Then OUT/pcc is the compressor and OUT/home_ground.json its measurement, in the table of
+goes on with reconstruction. With `--begin DIR` the encoder begins as that of an ICAE compressor. Then OUT/pcc is the compressor and OUT/home_ground.json its measurement, in the table of
 the other methods.
 """
 
@@ -20,10 +20,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from texts import fictional, squad
 from tqdm import tqdm
 
 from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, load_frozen
+from ctxcomp_rag.compressors.icae import ICAECompressor
 from ctxcomp_rag.compressors.pcc import Converter, Encoder, PCCCompressor, PCCConfig, load_encoder
 from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground
 from ctxcomp_rag.evaluation.provenance import write_result
@@ -47,12 +49,37 @@ Objective = BracketedAutoencoding | BracketedContinuation | BracketedQuestion
 FACTORS = {4.0: 0.5, 8.0: 0.3, 16.0: 0.2}  # source tokens per slot: how often it is drawn
 
 
-def make_compressor(backbone: Backbone, model: str, *, segment_tokens: int, rank: int, seed: int) -> PCCCompressor:
-    """A PCC compressor whose encoder is the decoder itself with LoRA on everything."""
+def make_compressor(backbone: Backbone, model: str, *, segment_tokens: int, rank: int, seed: int,
+                    begin: ICAECompressor | None = None) -> PCCCompressor:
+    """A PCC compressor whose encoder is the decoder itself with LoRA on everything; with `begin`, it begins as the
+    encoder of that compressor of the same decoder, and has its rank."""
     torch.manual_seed(seed)
+    rank = begin.config.lora_rank if begin else rank
     encoder = load_encoder(model, large=True, lora_rank=rank, lora_alpha=rank, lora_dropout=0.0)
+    special_rows = begin_as(encoder, begin) if begin else None
     config = PCCConfig(segment_tokens, segment_tokens // SHORT, encoder=model, slot_positions="spread")
-    return PCCCompressor(backbone, encoder, config, converter=passing_on(encoder, backbone.hidden_size))
+    return PCCCompressor(backbone, encoder, config, converter=passing_on(encoder, backbone.hidden_size),
+                         special_rows=special_rows)
+
+
+def begin_as(encoder: Encoder, icae: ICAECompressor) -> torch.Tensor:
+    """Give an encoder the LoRA matrices and memory tokens of an ICAE compressor.
+
+    Returns:
+        (3, hidden_size): <mem>, <ae>, </mem> to begin with; the brackets as the mean token.
+    """
+    own, scale = encoder.model.state_dict(), icae.config.lora_alpha / icae.config.lora_rank  # that of ours is 1
+    slots = icae.config.num_memory_tokens
+    rows = icae.memory_tokens.detach().float()
+    with torch.no_grad():
+        for name, tensor in icae.encoder.state_dict().items():
+            if "lora_" in name:
+                own[name].copy_(scale * tensor if "lora_B" in name else tensor)
+        table = encoder.body.get_input_embeddings().weight
+        mean = table[: encoder.memory_ids[0]].mean(0)
+        for number, row in enumerate(encoder.memory_ids):
+            table[row] = rows[number % slots]
+    return torch.stack([mean, rows[slots], mean])
 
 
 def passing_on(encoder: Encoder, decoder_size: int) -> Converter:
@@ -93,6 +120,17 @@ def make_stages(compressor: PCCCompressor, args: argparse.Namespace) -> list[Sta
             Stage("questions", tuple(questions), args.questions, frozen=FROZEN, **every)]
 
 
+def save_halved(compressor: PCCCompressor, folder: Path) -> None:
+    """Round the encoder to bf16 and write it so: half the bytes, and what is loaded is what was measured."""
+    with torch.no_grad():
+        for parameter in compressor.encoder.model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    compressor.save_pretrained(folder)
+    weights = folder / "encoder" / "adapter_model.safetensors"
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}, weights,
+              metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with squad-train-v1.1.json.xz")
@@ -100,6 +138,8 @@ def main() -> None:
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder of the decoder [default: the embedded one]")
     parser.add_argument("--segment-tokens", type=int, default=144)
     parser.add_argument("--rank", type=int, default=64, help="of the LoRA matrices")
+    parser.add_argument("--begin", type=Path, help="folder of an ICAE compressor of the decoder to begin as "
+                                                   "[default: as the decoder itself]")
     parser.add_argument("--documents", type=int, default=4000, help="fictional documents to train on")
     parser.add_argument("--paragraphs", type=int, default=1500, help="SQuAD paragraphs to train on, at most")
     parser.add_argument("--warm-up", type=int, default=200, help="steps on short texts")
@@ -114,7 +154,8 @@ def main() -> None:
     args = parser.parse_args()
     backbone = load_frozen(args.model, dtype=torch.float32)
     compressor = make_compressor(backbone, args.model, segment_tokens=args.segment_tokens, rank=args.rank,
-                                 seed=args.seed)
+                                 seed=args.seed,
+                                 begin=args.begin and ICAECompressor.from_pretrained(args.begin, backbone))
     trainer = Trainer(compressor, partial(summed_bracketed_loss, compressor), make_stages(compressor, args), args.out,
                       seed=args.seed, optimizers=muon, save_every=args.save_every)
     main_process = trainer.accelerator.is_main_process
@@ -125,7 +166,7 @@ def main() -> None:
 
         trainer.run(show)
     if main_process:
-        compressor.save_pretrained(args.out / "pcc")
+        save_halved(compressor, args.out / "pcc")
         report = evaluate_home_ground(compressor, load_retrieval_encoder(), documents=args.measure)
         write_result(args.out / "home_ground.json", asdict(report))
         print(f"exact match: {report.exact_match}; reconstruction BLEU: {report.reconstruction_bleu}")

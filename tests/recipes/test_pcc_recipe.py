@@ -11,9 +11,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ctxcomp_rag.backbone import load_frozen
-from ctxcomp_rag.compressors import load_compressor
+from ctxcomp_rag.chunking import Chunk
+from ctxcomp_rag.compressors import load_compressor, load_trained_compressor
+from ctxcomp_rag.compressors.icae import ICAECompressor
 from ctxcomp_rag.compressors.pcc import PCCCompressor
 from ctxcomp_rag.training import BracketedAutoencoding, BracketedContinuation, BracketedQuestion, Stage
 from tests.compressors.contract import assert_same_span
@@ -86,16 +89,31 @@ def test_squad_is_asked_about_the_piece_with_the_answer(stages: list[Stage]) -> 
     assert len(example.context) < len(TEXT)
 
 
-def test_the_encoder_begins_as_the_decoder_and_is_loaded_again(compressor: PCCCompressor, tmp_path: Path) -> None:
+def test_the_encoder_begins_as_the_decoder(compressor: PCCCompressor) -> None:
     backbone = compressor.backbone
     ids = torch.tensor([backbone.tokenizer.encode("The lamp of Varn is red.")])
     with torch.no_grad():
         torch.testing.assert_close(compressor.encoder.body(input_ids=ids).last_hidden_state,
                                    backbone.model.base_model(input_ids=ids).last_hidden_state, atol=1e-5, rtol=0)
-    from ctxcomp_rag.chunking import Chunk
 
+
+def test_the_encoder_begins_as_that_of_an_icae_compressor(recipe: ModuleType) -> None:
+    backbone = load_frozen(dtype=torch.float32, device="cpu")
+    icae = load_trained_compressor("icae", backbone)
+    assert isinstance(icae, ICAECompressor)
+    compressor = recipe.make_compressor(backbone, "embedded", segment_tokens=48, rank=4, seed=0, begin=icae)
+    ids = backbone.tokenizer.encode(TEXT)[:48]
+    with torch.no_grad():
+        torch.testing.assert_close(compressor.memory([ids])[0], icae.encode([ids])[0], atol=1e-4, rtol=0)
+    assert torch.equal(compressor.special_rows[1], icae.memory_tokens[icae.config.num_memory_tokens])
+
+
+def test_what_is_saved_in_half_the_bytes_is_loaded_as_it_was(recipe: ModuleType, compressor: PCCCompressor,
+                                                             tmp_path: Path) -> None:
     chunk = Chunk("c", TEXT, 0, len(TEXT), 1)
-    compressor.save_pretrained(tmp_path)
-    again = load_compressor(tmp_path, backbone)
+    recipe.save_halved(compressor, tmp_path)
+    again = load_compressor(tmp_path, compressor.backbone)
     assert again.spec.fingerprint == compressor.spec.fingerprint
     assert_same_span(again.compress([chunk])[0], compressor.compress([chunk])[0])
+    stored = load_file(tmp_path / "encoder" / "adapter_model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
