@@ -7,8 +7,8 @@ DATA holds `squad-train-v1.1.json.xz`. Run the command again after an interrupti
 Stages (Dai et al., ACL 2025): short texts repeated at 4x, the three special tokens included, which stay as they are
 from then on; reconstruction and continuation drawn half and half; questions. Not the paper's: slots are spread over the
 positions of the text, so that one compressor serves every factor it meets in training, and a quarter of the last stage
-goes on with reconstruction. With `--begin DIR` the encoder begins as that of an ICAE compressor. Then OUT/pcc is the compressor and OUT/home_ground.json its measurement, in the table of
-the other methods.
+goes on with reconstruction. With `--begin DIR` the encoder begins as that of an ICAE compressor. Then OUT/pcc is the
+compressor and OUT/home_ground.json its measurement, in the table of the other methods.
 """
 
 from __future__ import annotations
