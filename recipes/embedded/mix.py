@@ -17,7 +17,7 @@ def draw_factor(rng: random.Random, source: str, progress: float, limit: float) 
     if progress >= 1:
         table = FACTORS["fictional" if source == "fictional" else "english"]
         return min(limit, float(rng.choices(list(table), list(table.values()))[0]))
-    top = 8 ** min(1.0, progress * 1.5)
+    top = min(limit, 8 ** min(1.0, progress * 1.5))
     if progress > 2 / 3:
         top = min(limit, 8 * 2 ** (progress * 3 - 2))
     return float(top ** rng.betavariate(2.0, 1.2)) if top > 1 else 1.0

@@ -303,6 +303,17 @@ def test_an_untrained_decoder_has_heads_that_look_back(recipe: ModuleType) -> No
         assert float(top.max()) < 3  # no single token draws the looks
 
 
+@pytest.mark.parametrize("limit", [1.0, 4.0, 16.0])
+def test_the_curriculum_begins_at_1x_and_keeps_to_its_largest_factor(recipe: ModuleType, limit: float) -> None:
+    from mix import draw_factor
+
+    rng = random.Random(0)
+    drawn = {p: [draw_factor(rng, "fictional", p, limit) for _ in range(200)] for p in (0.0, 0.3, 0.6, 0.8, 1.0)}
+    assert drawn[0.0] == [1.0] * 200
+    assert all(1 <= factor <= limit for factors in drawn.values() for factor in factors)
+    assert max(drawn[1.0]) == limit
+
+
 def test_slots_sit_on_the_last_token_of_their_piece(recipe: ModuleType) -> None:
     from layout import num_slots, slot_places
 
