@@ -42,7 +42,7 @@ from ctxcomp_rag.kv.catalyst import (
     catalyst,
 )
 from ctxcomp_rag.kv.pot import ContextPot
-from ctxcomp_rag.kv.scores import InfiniPot, ScoringRule, make_rule
+from ctxcomp_rag.kv.scores import LOOKED_UP, InfiniPot, ScoringRule, make_rule
 from ctxcomp_rag.rope import require_full_attention
 from ctxcomp_rag.spans import DecoderFingerprint, KVSpan, SpanSpec
 
@@ -111,14 +111,15 @@ class InfiniPotConfig:
                              "with reduce='max' or 'sum', got 'mean'")
 
     def for_question(self, question: str) -> InfiniPotConfig:
-        """The same with a catalyst that asks a question, or a kind of question, and drafts the answer (CaP-Q)."""
+        """The same with a catalyst that asks a question, or a kind of question, and drafts the answer (CaP-Q); what they
+        look up is kept, unless a rule was chosen."""
+        rule = LOOKED_UP if self.rule == InfiniPot() else self.rule
         return replace(self, catalyst=QUESTION_CATALYST.format(question=question), repeats=False,
-                       draft_tokens=DRAFT_TOKENS)
+                       draft_tokens=DRAFT_TOKENS, rule=rule)
 
     def repeating(self) -> InfiniPotConfig:
         """The same with the catalyst that kept most for questions unknown (docs/infinipot.md): the text once more."""
-        return replace(self, catalyst=REPEAT_CATALYST, repeats=True, draft_tokens=0,
-                       rule=InfiniPot(alpha=0.0, reduce="max"))
+        return replace(self, catalyst=REPEAT_CATALYST, repeats=True, draft_tokens=0, rule=LOOKED_UP)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -58,8 +58,8 @@ READERS = (
 def haystack(backbone: Backbone, num_tokens: int, depth: float, seed: int) -> Haystack:
     """At most `num_tokens` of whole documents, the asked one at `depth` (0.0 first, 1.0 last) among them.
 
-    The others are of other kinds, so that what is measured is the reading: the embedded decoder does not tell two
-    documents of a kind apart even where it sees both in full.
+    The others are of other kinds, so that what is measured is the reading, and not how well a decoder tells documents
+    of a kind apart.
     """
     needle, *corpus = generate_corpus(4 + 5 * num_tokens // (4 * _SHORTEST_DOCUMENT), seed, "held_out")
     others = [d for d in corpus if d.kind != needle.kind]

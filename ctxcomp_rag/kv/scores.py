@@ -212,6 +212,11 @@ class InfiniPot(ScoringRule):
         return attention.scatter(-1, novel, attention.gather(-1, novel).where(novelty.isneginf(), torch.inf))
 
 
+LOOKED_UP = InfiniPot(alpha=0.0, reduce="max")
+"""For catalysts that say what is needed (a question and its answer, the text once more): what any one of their tokens
+looked up is kept. A sum over them favours what many look at a little."""
+
+
 @scoring_rule
 @dataclass(frozen=True)
 class SnapKV(ScoringRule):

@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with squad-train-v1.1.json.xz")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log, compressor and result")
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="folder of the decoder [default: the embedded one]")
-    parser.add_argument("--segment-tokens", type=int, default=144)
+    parser.add_argument("--segment-tokens", type=int, default=112)
     parser.add_argument("--rank", type=int, default=64, help="of the LoRA matrices")
     parser.add_argument("--begin", type=Path, help="folder of an ICAE compressor of the decoder to begin as "
                                                    "[default: as the decoder itself]")

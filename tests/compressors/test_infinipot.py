@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GPTNeoXConfig, Qwen3NextConfig
 
-from ctxcomp_rag.backbone import Backbone
+from ctxcomp_rag.backbone import Backbone, load_frozen
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors import Budget, compressor_class
 from ctxcomp_rag.compressors.infinipot import QUESTION_CATALYST, InfiniPotCompressor, InfiniPotConfig
 from ctxcomp_rag.decoding import FrozenDecoder, Part, TokenIds
 from ctxcomp_rag.errors import InputError, UnsupportedModelError
+from ctxcomp_rag.evaluation.kept import score_question_aware, single_document_questions
 from ctxcomp_rag.kv.catalyst import answer_turn, catalyst, question_catalyst
 from ctxcomp_rag.kv.pot import ContextPot
 from ctxcomp_rag.kv.scores import CaP, Entries, InfiniPot, NuC, SnapKV, StreamingLLM
@@ -137,6 +138,18 @@ def test_a_question_as_catalyst_keeps_other_tokens() -> None:
     assert by_question.catalyst == QUESTION_CATALYST.replace("{question}", "How high is {it}?")
     generic, asked = (infinipot(c).distilled(IDS, 20).indices for c in (SMALL, by_question))
     assert not generic.equal(asked)
+
+
+def test_what_a_question_and_its_answer_look_up_is_kept_unless_a_rule_was_chosen() -> None:
+    assert InfiniPotConfig().for_question("Who?").rule == InfiniPot(alpha=0.0, reduce="max")
+    assert InfiniPotConfig(rule=NuC()).for_question("Who?").rule == NuC()
+
+
+def test_the_answer_survives_with_an_eighth_of_the_entries_when_the_question_is_known() -> None:
+    backbone = load_frozen()
+    compressor = InfiniPotCompressor(backbone)
+    questions = single_document_questions(compressor, documents=8, seed=3)
+    assert score_question_aware(backbone, questions, factor=8.0).exact_match == 100.0
 
 
 # -- distilling ------------------------------------------------------------------------------------------------------
