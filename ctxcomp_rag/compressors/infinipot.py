@@ -111,8 +111,8 @@ class InfiniPotConfig:
                              "with reduce='max' or 'sum', got 'mean'")
 
     def for_question(self, question: str) -> InfiniPotConfig:
-        """The same with a catalyst that asks a question, or a kind of question, and drafts the answer (CaP-Q); what they
-        look up is kept, unless a rule was chosen."""
+        """The same with a catalyst that asks a question, or a kind of question, and drafts the answer (CaP-Q); what
+        they look up is kept, unless a rule was chosen."""
         rule = LOOKED_UP if self.rule == InfiniPot() else self.rule
         return replace(self, catalyst=QUESTION_CATALYST.format(question=question), repeats=False,
                        draft_tokens=DRAFT_TOKENS, rule=rule)
