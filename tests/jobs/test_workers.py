@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from typing import Any
@@ -13,6 +14,7 @@ from ctxcomp_rag.backbone import load_frozen
 from ctxcomp_rag.chunking import Chunk
 from ctxcomp_rag.compressors import load_trained_compressor
 from ctxcomp_rag.errors import IncompatibleSpanError, InputError
+from ctxcomp_rag.evaluation.fictional import generate_corpus
 from ctxcomp_rag.index.rows import span_from_bytes
 from ctxcomp_rag.jobs import LoadingSpanWorker, ProcessWorkers, WorkerSettings
 from ctxcomp_rag.jobs.worker import chunks_to_table
@@ -54,13 +56,14 @@ def test_a_worker_that_would_make_other_spans_refuses() -> None:
         settings(fingerprint="0" * 32).load()
 
 
-@pytest.mark.parametrize("target", [None, 0.01])
-def test_a_worker_measures_what_its_spans_retain(target: float | None) -> None:
+@pytest.mark.parametrize(("target", "factor"), [(None, 4), (0.5, 8)])
+def test_a_worker_measures_what_its_spans_retain(target: float | None, factor: int) -> None:
+    text = generate_corpus(1, seed=3)[0].text  # at 16x none of its names and dates come back, at 8x most
     worker = LoadingSpanWorker(settings(retention=True, target_retention=target))
-    (row,) = worker(chunks_to_table(CHUNKS[:1])).to_pylist()
+    (row,) = worker(chunks_to_table([Chunk("d", text, 0, len(text), 89)])).to_pylist()
     span = span_from_bytes(row["span"])
     assert set(span.retention) == {span.num_slots}
-    assert span.num_slots == (3 if target is None else 2)  # of 12 tokens; one slot retains nothing
+    assert span.num_slots == math.ceil(span.num_source_tokens / factor)
 
 
 def test_no_worker_is_refused() -> None:
