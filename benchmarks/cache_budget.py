@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from common import print_table
 
-from ctxcomp_rag.backbone import EMBEDDED_MODEL, Backbone, load_frozen
+from ctxcomp_rag.backbone import Backbone, load_frozen
 from ctxcomp_rag.compressors.infinipot import InfiniPotCompressor, InfiniPotConfig
 from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, TokenIds
-from ctxcomp_rag.evaluation.bench.shapes import load_shape
+from ctxcomp_rag.evaluation.bench.shapes import SHAPES, load_shape
 from ctxcomp_rag.evaluation.memory import peak_memory
 from ctxcomp_rag.evaluation.provenance import write_result
 
@@ -39,8 +39,8 @@ def load(model: str, window: int) -> Backbone:
     """
     if not model.startswith(RANDOM):
         return load_frozen(model)
-    vocabulary = int(load_frozen(EMBEDDED_MODEL).config.vocab_size)
-    return load_shape(model.removeprefix(RANDOM), vocab_size=vocabulary, max_position_embeddings=window)
+    return load_shape(model.removeprefix(RANDOM), vocab_size=SHAPES["tiny"]["vocab_size"],
+                      max_position_embeddings=window)
 
 
 def measure(model: str, length: int, window: int, budget: int, mode: str) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ SHAPES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType({
     # SmolLM2-135M
     "135m": {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
              "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "rope_theta": 1e5},
+    # the embedded decoder's vocabulary, whose tokenizer every random decoder gets
     "tiny": {"model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096},
 })
