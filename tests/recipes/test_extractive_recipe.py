@@ -64,3 +64,9 @@ def test_the_package_keeps_what_the_trained_extractor_learned_to_keep(tmp_path: 
                     "--vocab-size", "400"], check=True, capture_output=True)
     extract = LLMLingua2(str(tmp_path / "out" / "bert-base-multilingual-cased-squad"), OneEach())
     assert "Osk" in extract(paragraphs[3]["context"], 6.0).split()
+
+
+def test_the_script_explains_itself() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
+    assert "which words of a text to keep" in done.stdout
+    assert "--documents" in done.stdout
