@@ -95,12 +95,12 @@ def make_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> BertT
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=6000, help="generated documents")
     parser.add_argument("--data", type=Path, required=True, help="folder with squad-train-v1.1.json.xz")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and, at the end, the extractor")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--documents", type=int, default=6000, help="generated documents")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--hidden-size", type=int, default=256)
