@@ -12,8 +12,6 @@ generated documents, DATA/squad-train-v1.1.json.xz and `ctxcomp_rag.evaluation.f
 from __future__ import annotations
 
 import argparse
-import json
-import lzma
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -33,6 +31,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ctxcomp_rag.evaluation.fictional import generate_corpus
+from ctxcomp_rag.records import read_json
 
 NAME = "bert-base-multilingual-cased-squad"  # the package tells by the first part how words begin
 WORD = re.compile(r"\w+")
@@ -44,10 +43,8 @@ Asked = tuple[str, list[tuple[str, str]]]  # a text, and questions about it with
 
 def squad(path: Path) -> list[Asked]:
     """Every paragraph with its questions."""
-    with lzma.open(path, "rt", encoding="utf-8") as file:
-        articles = json.load(file)["data"]
     return [(p["context"], [(q["question"], q["answers"][0]["text"]) for q in p["qas"]])
-            for article in articles for p in article["paragraphs"]]
+            for article in read_json(path)["data"] for p in article["paragraphs"]]
 
 
 def fictional(count: int, seed: int) -> list[Asked]:
@@ -85,12 +82,14 @@ def make_examples(asked: list[Asked], tokenizer: BertTokenizerFast, common: set[
 
 
 def make_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int) -> BertTokenizerFast:
-    """WordPiece that keeps upper and lower case."""
-    learned = BertWordPieceTokenizer(lowercase=False)
-    learned.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    learned.save_model(str(folder))
-    return BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=False)
+    """WordPiece that keeps upper and lower case; that of the folder, if it has one, since checkpoints depend on it."""
+    vocabulary = folder / "vocab.txt"
+    if not vocabulary.exists():
+        learned = BertWordPieceTokenizer(lowercase=False)
+        learned.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        learned.save_model(str(folder))
+    return BertTokenizerFast(vocab=str(vocabulary), do_lower_case=False)
 
 
 def main() -> None:

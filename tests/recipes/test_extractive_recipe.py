@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from ctxcomp_rag.evaluation.extractive import LLMLingua2
+from tests.evaluation.test_extractive import OneEach
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "extractive" / "train.py"
 TEXT = "The lamp of Varn is red and was lit by Osk in 1794. It rained."
@@ -43,11 +44,10 @@ def test_the_commonest_words_in_lower_case(recipe: ModuleType, monkeypatch: pyte
     assert recipe.commonest(["The one, the other", "and the last"]) == {"the"}
 
 
-class OneEach:
-    """A token for every word."""
-
-    def encode(self, text: str) -> list[int]:
-        return [0] * len(text.split())
+def test_a_run_that_goes_on_keeps_its_vocabulary(recipe: ModuleType, tmp_path: Path) -> None:
+    first = recipe.make_tokenizer(["one two three"] * 9, tmp_path, 60)
+    again = recipe.make_tokenizer(["other words"] * 9, tmp_path, 80)
+    assert again.get_vocab() == first.get_vocab()
 
 
 def test_the_package_keeps_what_the_trained_extractor_learned_to_keep(tmp_path: Path) -> None:
