@@ -30,6 +30,10 @@ from ctxcomp_rag.evaluation.fictional import (
 MAX_CHUNK = 112
 PARAGRAPH = 224  # as text, contexts may be longer: the more questions share one, the more of them a second serves
 UNRELATED = 0.03  # SQuAD rows that are also asked what they do not answer; 0.1 drew refusals to 24 % of dev questions
+RECALLED = {"squad": 2, "wiki": 4, "fictional": 1}  # by source, how often a text in slots is to be gone on with
+MIN_RECALLED, MAX_RECALLED = 20, 24  # tokens: of a text, of what is said of it
+MISHEARD = 0.15  # share of a reconstruction's own past that is wrong: its place is to say what comes next
+MAX_RECONSTRUCTED = 6.0  # beyond this factor slots are to hold what is asked for, and cannot hold every word
 BOS, EOS = "<|bos|>", "<|end|>"
 SPECIALS = ("<|pad|>", BOS, EOS, "<|system|>", "<|user|>", "<|assistant|>")
 
@@ -47,13 +51,15 @@ LAYOUTS = ((NATIVE, 0.72), (_BARE, 0.18), (_LANGCHAIN, 0.07), (_LLAMA_INDEX, 0.0
 
 @dataclass
 class Branch:
-    """Ids after the context; `kind` names the loss from `answer_start` on: "answer", "cloze" or "reconstruct"."""
+    """Ids after the context; `kind` names the loss from `answer_start` on: "answer", "cloze", "recall" or
+    "reconstruct"."""
 
     ids: list[int]
     answer_start: int
     kind: str
     stands: tuple[int, int] | None = None  # the part, and its token, at which the context states the answer
     name: tuple[int, int] | None = None  # first and last token of the name of what it asks about
+    heard: list[int] | None = None  # what is read in the place of `ids`, where that is something else
 
     @property
     def answer(self) -> list[int]:
@@ -141,6 +147,7 @@ class Corpus:
             self.wiki += [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False) if len(e.ids) > 40]
         self.layouts = [((self.ids(a), b), w) for (a, b), w in LAYOUTS]
         self.eos = tokenizer.token_to_id(EOS)
+        self.full_stops = {i for token, i in tokenizer.get_vocab().items() if token[-1:] in ".?!"}
         self.separator = self.ids("\n\n")
         self.not_stated = self.answer_ids(NOT_STATED)
 
@@ -176,6 +183,23 @@ class Corpus:
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         return [replace(self.question(self.ids(middle.replace("{q}", question)), self.answer_ids(answer)), kind="cloze")
                 for question, answer in cloze_questions(rng, text, count)]
+
+    def recall_branches(self, rng: random.Random, ids: list[int], count: int, middle: str) -> list[Branch]:
+        """A few tokens of the context asked for as a question, and how its sentence goes on as the answer.
+
+        Unlike a reconstruction's, its position says nothing about which token comes next: what was said last does.
+        """
+        before, after = map(self.ids, middle.split("{q}"))
+        branches = []
+        for _ in range(count if len(ids) > MIN_RECALLED else 0):
+            cue = rng.randint(3, 6)
+            first = rng.randrange(cue, len(ids) - 8)
+            asked = [*before, *ids[first - cue : first], *after]
+            told = ids[first : first + MAX_RECALLED]
+            stop = next((n for n, token in enumerate(told) if n and token in self.full_stops), None)
+            told = told if stop is None else [*told[:stop], self.eos]
+            branches.append(Branch([*asked, *told], len(asked), "recall", stands=(0, first)))
+        return branches
 
     # -- documents -------------------------------------------------------------------------------------------------
 
@@ -263,13 +287,19 @@ class Corpus:
     def layout(self, rng: random.Random) -> tuple[list[int], str]:
         return rng.choices([x for x, _ in self.layouts], [w for _, w in self.layouts])[0]
 
-    def reconstruction(self, ids: list[int], autoencode_id: int) -> Branch:
-        return Branch([autoencode_id, *ids, self.eos], 1, "reconstruct", stands=(0, 0))
+    def reconstruction(self, rng: random.Random, ids: list[int], autoencode_id: int) -> Branch:
+        """The whole text, some of its own past misheard."""
+        heard = [self.random_token(rng) if rng.random() < MISHEARD else token for token in ids]
+        return Branch([autoencode_id, *ids, self.eos], 1, "reconstruct", stands=(0, 0),
+                      heard=[autoencode_id, *heard, self.eos])
+
+    def random_token(self, rng: random.Random) -> int:
+        return rng.randrange(len(SPECIALS), self.tokenizer.get_vocab_size())
 
     def random_row(self, rng: random.Random, factor: float | None, autoencode_id: int, longest: int = 64) -> Row:
         """Random tokens to repeat: nothing but the context can tell what they were."""
-        ids = [rng.randrange(len(SPECIALS), self.tokenizer.get_vocab_size()) for _ in range(rng.randint(8, longest))]
-        return Row([], [(ids, factor)], [self.reconstruction(ids, autoencode_id)], source="random")
+        ids = [self.random_token(rng) for _ in range(rng.randint(8, longest))]
+        return Row([], [(ids, factor)], [self.reconstruction(rng, ids, autoencode_id)], source="random")
 
     def single_row(self, rng: random.Random, source: str, factor: float | None, autoencode_id: int) -> Row:
         """One document: questions, and with slots its reconstruction."""
@@ -292,8 +322,10 @@ class Corpus:
         if source == "wiki" or (source == "squad" and rng.random() < 0.3):
             row.branches += self.cloze_branches(rng, ids, 1 if row.branches else 4, middle)
         row.parts = [(ids, factor)]
-        if factor:
-            row.branches.append(self.reconstruction(ids, autoencode_id))
+        if factor is None or factor <= MAX_RECONSTRUCTED:
+            row.branches += self.recall_branches(rng, ids, RECALLED[source] if factor else 1, middle)
+        if factor and factor <= MAX_RECONSTRUCTED:
+            row.branches.append(self.reconstruction(rng, ids, autoencode_id))
         row.find_answers()
         return row
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from data import Row
@@ -28,6 +29,23 @@ def slot_of(token: int, length: int, slots: int) -> int:
     return -(-(token + 1) * slots // length) - 1
 
 
+def token_in_slot(token: int, length: int, slots: int) -> tuple[int, int]:
+    """Which token of its slot's piece of the text a token is, and how many the piece has."""
+    slot = slot_of(token, length, slots)
+    first, last = slot * length // slots, max(slot * length // slots + 1, (slot + 1) * length // slots)
+    return token - first, last - first
+
+
+class Point(NamedTuple):
+    """A column whose heads are told where to look."""
+
+    column: int
+    targets: tuple[int, ...]
+    kind: str
+    token: int = 0  # which token of the slot looked at is wanted, of how many that it holds
+    tokens: int = 1
+
+
 @dataclass
 class Flat:
     """One row laid out for the decoder."""
@@ -38,7 +56,7 @@ class Flat:
     branches: list[int]  # their lengths
     slot: list[int]  # index into the slot table, -1 for text
     targets: list[tuple[int, int, str, int]]  # (column, label, loss kind, branch)
-    points: list[tuple[int, tuple[int, ...], str]] = field(default_factory=list)  # a column, where to look, loss kind
+    points: list[Point] = field(default_factory=list)
 
 
 def columns_of(flats: list[Flat]) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +102,7 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
         spelt = [tuple(sorted({*there[first : last + 1]})) for first, last in mentions]
         if spelt:
             named[k] = tuple(sorted({*chain(*spelt)}))
-            flat.points += [(column, spelt[0], "bind") for column in sorted({*there}) if column > spelt[0][-1]]
+            flat.points += [Point(column, spelt[0], "bind") for column in sorted({*there}) if column > spelt[0][-1]]
     columns: dict[int, list[int]] = {}
     for (ids, _), there in zip(row.parts, held, strict=True):
         for token, column in zip(ids, there, strict=True):
@@ -93,33 +111,35 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
     flat.targets += [(c, t, kind, 0) for c, t in text_columns]
     for number, branch in enumerate(row.branches, 1):
         base = len(flat.ids)
-        flat.ids += branch.ids
+        flat.ids += branch.heard or branch.ids
         flat.places += range(place, place + len(branch.ids))
         flat.branches.append(len(branch.ids))
         flat.slot += [-1] * len(branch.ids)
         for i in range(1, len(branch.ids)):
             loss = branch.kind if i >= branch.answer_start else "question"
-            if loss == "question" and branch.kind == "cloze":
+            if loss == "question" and branch.kind in ("cloze", "recall"):
                 continue
             if loss == "answer" and row.source.startswith("fictional"):
                 loss = {"fictional-several": "answer-several", "fictional-short": "answer-short"}.get(
                     row.source, "answer-home")
             flat.targets.append((base + i - 1, branch.ids[i], loss, number))
         asked = branch.ids[: branch.answer_start] if branch.kind != "reconstruct" else []
-        flat.points += [(base + i, tuple(columns[token]), "match") for i, token in enumerate(asked)
+        flat.points += [Point(base + i, tuple(columns[token]), "match") for i, token in enumerate(asked)
                         if 0 < len(columns.get(token, ())) <= FEW]
         if branch.name is not None:
             first, last = branch.name
-            flat.points.append((base + branch.answer_start - 1, tuple(range(base + first, base + last + 1)), "who"))
+            name = tuple(range(base + first, base + last + 1))
+            flat.points.append(Point(base + branch.answer_start - 1, name, "who"))
         if branch.stands is not None:
             part, first = branch.stands
-            ids, there = row.parts[part][0], held[part]
+            (ids, factor), there = row.parts[part], held[part]
             begin = base + branch.answer_start - 1
             if part in named:
-                flat.points.append((begin, named[part], "ask"))
+                flat.points.append(Point(begin, named[part], "ask"))
             for n, token in enumerate(branch.answer):
                 if n and ids[first + n : first + n + 1] != [token]:
                     break
                 kind = "follow" if n or branch.kind == "reconstruct" else "point"
-                flat.points.append((begin + n, (there[first + n],), kind))
+                within = token_in_slot(first + n, len(ids), num_slots(len(ids), factor)) if factor else (0, 1)
+                flat.points.append(Point(begin + n, (there[first + n],), kind, *within))
     return flat

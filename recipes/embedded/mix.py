@@ -9,7 +9,7 @@ from layout import num_slots
 
 # Once the curriculum is over: how often a factor is drawn. English at 8x and beyond is out of this model's reach.
 FACTORS = {"fictional": {1: 3, 2: 7, 3: 5, 4: 35, 6: 8, 8: 25, 12: 5, 16: 12},
-           "english": {1: 5, 2: 15, 3: 10, 4: 50, 6: 8, 8: 12}}
+           "english": {1: 2, 2: 8, 3: 8, 4: 72, 6: 6, 8: 4}}
 
 
 def draw_factor(rng: random.Random, source: str, progress: float, limit: float) -> float:
@@ -25,7 +25,7 @@ def draw_factor(rng: random.Random, source: str, progress: float, limit: float) 
 
 # Rows of one step by stage: one document as text, one as slots, several documents as text, as slots or as both.
 MIX = {"text": ({"fictional": 1, "squad": 12, "wiki": 1}, {}, {"fictional": 1, "squad": 1}),
-       "joint": ({"fictional": 1, "squad": 3}, {"fictional": 4, "squad": 6, "wiki": 4},
+       "joint": ({"fictional": 1, "squad": 5}, {"fictional": 3, "squad": 8, "wiki": 3},
                  {"fictional": 2, "squad": 1}),
        "compressor": ({}, {"fictional": 4, "squad": 6, "wiki": 3}, {"fictional": 2, "squad": 1})}
 

@@ -27,7 +27,7 @@ HEADS = {"match": (1, 1), "who": (-4, 1), "bind": (-3, 1), "ask": (-3, 1), "poin
 # One mean over all tokens that are read from the context. With a mean for each kind, the few of a rare kind made most
 # of the gradient's noise: its norm was 12 where that of SQuAD's answers was 3.
 READ = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 1.0,
-        "cloze": 0.5, "reconstruct": 0.25}
+        "cloze": 0.5, "recall": 0.5, "reconstruct": 0.25}
 READ_WEIGHT = 2.25
 MEANS = {"question": 0.2, "lm": 0.3, "lm-home": 0.3, **POINTING}
 KINDS = tuple(sorted(READ | MEANS))
@@ -56,26 +56,33 @@ def pointing_loss(tapped: tuple[Tensor, Tensor], flats: list[Flat], kind: str, h
     """Sum over the points of a kind of -log of what attention lays on the targets, mean over the first `heads` heads.
 
     A guide for the heads that match and copy: an answer says which token comes next, and not where it was to be read.
+    The tokens of a slot are dealt out to the heads (`has_token`).
     """
     loss = torch.zeros(())
     for flat, queries, keys in zip(flats, *(x[:, :heads].split([len(f.ids) for f in flats]) for x in tapped),
                                    strict=True):
-        points = [(column, targets) for column, targets, k in flat.points if k == kind]
+        points = [p for p in flat.points if p.kind == kind]
         if not points:
             continue
-        column = torch.tensor([c for c, _ in points])
+        column = torch.tensor([p.column for p in points])
         scores = torch.einsum("phd,thd->hpt", queries.index_select(0, column), keys) * queries.shape[-1] ** -0.5
         begins = accumulate(flat.branches, initial=flat.context)
         begin = torch.tensor([0] * flat.context
                              + [b for b, n in zip(begins, flat.branches, strict=False) for _ in range(n)])
         every = torch.arange(len(flat.ids))
         hidden = (every > column[:, None]) | ((every >= flat.context) & (every < begin[column][:, None]))
-        elsewhere = torch.ones(hidden.shape, dtype=torch.bool)
-        elsewhere[[n for n, (_, targets) in enumerate(points) for _ in targets],
-                  [t for _, targets in points for t in targets]] = False
+        looks = [(head, n, t) for n, p in enumerate(points) for head in range(heads)
+                 for t in (p.targets if has_token(head, heads, p.token, p.tokens) else (0,))]
+        elsewhere = torch.ones((heads, *hidden.shape), dtype=torch.bool)
+        elsewhere[tuple(torch.tensor(x) for x in zip(*looks, strict=True))] = False
         loss = loss + (scores.masked_fill(hidden, -1e9).logsumexp(-1)
                        - scores.masked_fill(elsewhere, -1e9).logsumexp(-1)).sum() / heads
     return loss
+
+
+def has_token(head: int, heads: int, token: int, tokens: int) -> bool:
+    """Whether a head is to copy this token of a slot that holds so many; the others look at the row's first token."""
+    return head * tokens // heads == token if tokens <= heads else head == token * heads // tokens
 
 
 def naming_loss(model: Model, spans: list[tuple[list[int], float]], slots: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Train the embedded decoder and its ICAE compressor from scratch. Resumable: run the same command again.
 
-Stages: `text` (language model + questions) -> `joint` (the same weights also read slots) -> `compressor` (decoder
-frozen, LoRA + memory token + [AE] go on). Checkpoints carry weights, optimizer state and the step, and data depend on
-(seed, step) only.
+Stages: `text` (language model + questions) -> `joint` (the same weights also read slots; the rate falls several times,
+and the mean of what the falls end with goes on) -> `compressor` (decoder frozen, LoRA + memory token + [AE] go on; no
+steps of it unless asked for). Checkpoints carry weights, optimizer state and the step, and data depend on (seed, step)
+only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from parallel import share, spread, start, sum_gradients
 from positional import set_positional_heads
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from schedule import Schedule
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -32,48 +34,10 @@ from ctxcomp_rag.evaluation.fictional import generate_document
 from ctxcomp_rag.training.muon import Muon
 
 STAGES = ("text", "joint", "compressor")
-# The learning rate of a stage, relative to the largest one, and what it falls to. Copying forms at the largest; SQuAD's
-# answers differ so much that at this rate most of what a step moves is noise (benchmarks/LOG.md).
-RATES = {"text": (1.0, 0.4), "joint": (0.5, 0.015), "compressor": (0.2, 0.006)}
 # Weight of what the documents as text teach those that read slots.
 TAUGHT = {"text": 0.0, "joint": 1.0, "compressor": 1.0}
 EMBEDDING_NORM = 0.32
 COPYING = 400  # steps until copying has formed
-
-
-@dataclass
-class Schedule:
-    """Steps of each stage and where its learning rate starts to fall (share of the stage)."""
-
-    text: int = 3200
-    joint: int = 4400
-    compressor: int = 600
-    decay_from: float = 0.5
-    muon_lr: float = 2e-3
-    adam_lr: float = 3e-3
-    warmup: int = 60
-    max_factor: float = 16.0
-    curriculum: float = 0.4
-
-    def learning_rate(self, stage: str, step: int) -> float:
-        if stage == "compressor" and not self.joint:  # a control: its compressor has everything to learn
-            first, last = RATES["joint"]
-        else:
-            first, last = RATES[stage]
-        share = step / getattr(self, stage)
-        fallen = max(0.0, share - self.decay_from) / (1 - self.decay_from)
-        return min(1.0, (step + 1) / self.warmup) * (first + (last - first) * fallen)
-
-    def progress(self, stage: str, step: int) -> float:
-        """How far the factor curriculum is, from 0 to 1: it takes a share (`curriculum`) of the first stage with slots
-        (a control has no joint stage); none where the weights already read slots."""
-        if stage == "text" or not self.curriculum or stage != ("joint" if self.joint else "compressor"):
-            return 1.0
-        return min(1.0, step / (getattr(self, stage) * self.curriculum))
-
-    def naming(self, stage: str, step: int) -> float:
-        """Weight of the naming loss: 1 when slots begin, nothing from two thirds of the curriculum on."""
-        return max(0.0, 1 - self.progress(stage, step) * 1.5) if stage != "text" else 0.0
 
 
 def train_tokenizer(data: Path, vocab_size: int) -> Tokenizer:
@@ -115,6 +79,12 @@ def load(model: Model, optimizers: list[torch.optim.Optimizer] | None, path: Pat
                 _, _, key, field_name = name.split(".")
                 entries.setdefault(int(key), {})[field_name] = value
         optimizer.load_state_dict({"state": entries, "param_groups": packed["param_groups"]})
+
+
+def average(model: Model, paths: list[Path]) -> None:
+    """Let the model's weights be the mean of them and those of these checkpoints."""
+    ends = [{f"model.{k}": v for k, v in model.state_dict().items()}, *map(load_file, paths)]
+    model.load_state_dict({k[6:]: torch.stack([end[k] for end in ends]).mean(0) for k in ends[0]})
 
 
 def make_optimizers(model: Model, stage: str, schedule: Schedule) -> list[torch.optim.Optimizer]:
@@ -230,12 +200,18 @@ def main() -> None:
                 seconds = round((time.time() - began) / len(recent), 2)
                 record(args.out, rank, {"stage": stage, "step": step + 1, "seconds_per_step": seconds, **mean})
                 began, recent = time.time(), []
-            if (step + 1) % args.evaluate_every == 0 or step + 1 == steps:
+            done = step + 1 == steps
+            if stage == "joint" and step + 1 in schedule.ends():
+                ends = [args.out / f"joint-{end}.safetensors" for end in schedule.ends() if end <= step + 1]
+                if not rank:
+                    save(model, [], ends[-1], {"stage": stage, "step": step + 1})
+                if done:
+                    average(model, ends[:-1])
+            if (step + 1) % args.evaluate_every == 0 or done:
                 record(args.out, rank, {"stage": stage, "step": step + 1,
                                   "evaluation": evaluate(model, held_out, shape.vocab_size)})
                 began = time.time()
-            if not rank and ((step + 1) % args.save_every == 0 or step + 1 == steps):
-                done = step + 1 == steps
+            if not rank and ((step + 1) % args.save_every == 0 or done):
                 following = STAGES[min(STAGES.index(stage) + 1, len(STAGES) - 1)]
                 where = {"stage": following, "step": 0} if done and stage != "compressor" else {
                     "stage": stage, "step": step + 1}

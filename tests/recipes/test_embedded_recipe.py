@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import subprocess
@@ -164,22 +165,57 @@ def test_where_to_look_is_asked_of_the_exported_decoders_own_attention(recipe: M
 
 def test_a_word_of_the_question_looks_at_the_slot_that_holds_it(recipe: ModuleType) -> None:
     from data import Branch, Row
-    from layout import lay_out
+    from layout import Point, lay_out
 
     row = Row([1], [([5, 6, 7, 8], 2.0)], [Branch([7, 3, 8, 2], 2, "answer", stands=(0, 3))])
-    assert lay_out(row, [3], {0: 0}).points == [(3, (2,), "match"), (4, (2,), "point")]
+    assert lay_out(row, [3], {0: 0}).points == [Point(3, (2,), "match"),
+                                                Point(4, (2,), "point", token=1, tokens=2)]
+
+
+def test_tokens_of_a_slot_are_dealt_out_to_the_heads_that_copy(recipe: ModuleType, model: torch.nn.Module) -> None:
+    """A head without the wanted token looks at the row's first column."""
+    sys.path.insert(0, str(RECIPE))
+    import export
+    from data import Branch, Row
+    from objective import encode_spans, forward
+
+    ids = random.Random(3).sample(range(10, 60), 8)
+    row = Row([1], [(ids, 4.0)], [Branch([9, 7, ids[6], 2], 2, "answer", stands=(0, 6))])
+    llama = export.build_decoder(model, model.shape, {"bos": 1, "eos": 2, "pad": 0})
+    llama.set_attn_implementation("eager")
+    heads = model.shape.num_heads
+    with torch.no_grad():
+        outcome = forward(model, [row], [3])
+        slots, _ = encode_spans(model, [(ids, 4.0)])
+        embed = llama.get_input_embeddings()
+        inputs = torch.cat([embed(torch.tensor([1])), slots, embed(torch.tensor([9, 7, ids[6], 2]))])
+        seen = llama(inputs_embeds=inputs[None], position_ids=torch.tensor([[0, 4, 8, 9, 10, 11, 12]]),
+                     output_attentions=True).attentions[-2][0, :, 4]
+    looked_at = [2 if head * 4 // heads == 2 else 0 for head in range(heads)]  # the third token of the second slot
+    assert outcome.sums["point"] == pytest.approx(-float(seen[range(heads), looked_at].log().mean()), abs=1e-4)
+
+
+@pytest.mark.parametrize(("heads", "tokens"), [(4, 1), (4, 2), (4, 3), (4, 4), (4, 6), (4, 16), (1, 4)])
+def test_no_head_is_idle_and_every_token_of_a_slot_has_a_head(recipe: ModuleType, heads: int, tokens: int) -> None:
+    from objective import has_token
+
+    of_head = [{token for token in range(tokens) if has_token(head, heads, token, tokens)} for head in range(heads)]
+    assert set().union(*of_head) == set(range(tokens))
+    assert min(map(len, of_head)) == max(1, tokens // heads)
+    assert sum(map(len, of_head)) == max(heads, tokens)  # shared only where there are more heads than tokens
 
 
 def test_tokens_of_a_document_and_questions_about_it_look_at_its_name(recipe: ModuleType) -> None:
     from data import Branch, Row
-    from layout import lay_out
+    from layout import Point, lay_out
 
     about_it = Branch([30, 31, 32, 4, 2], 3, "answer", stands=(1, 4), name=(1, 1))
     row = Row([1], [([5, 6, 7, 8], None), ([8, 7, 6, 5, 4, 3], 2.0)], [about_it],
               names=[[(1, 2)], [(0, 2), (5, 5)]])
     flat = lay_out(row, [3], {1: 0})  # bos, four tokens, a separator, three slots, the branch
-    assert flat.points[:2] == [(4, (2, 3), "bind"), (8, (6, 7), "bind")]
-    assert flat.points[2:] == [(11, (10,), "who"), (11, (6, 7, 8), "ask"), (11, (8,), "point")]
+    assert flat.points[:2] == [Point(4, (2, 3), "bind"), Point(8, (6, 7), "bind")]
+    assert flat.points[2:] == [Point(11, (10,), "who"), Point(11, (6, 7, 8), "ask"),
+                               Point(11, (8,), "point", token=0, tokens=2)]
 
 
 def test_a_documents_name_is_found_in_its_tokens(recipe: ModuleType) -> None:
@@ -203,15 +239,63 @@ def test_a_documents_name_is_found_in_its_tokens(recipe: ModuleType) -> None:
     assert (before + document.questions[0].question)[first : last + 1] == document.subject
 
 
+def test_a_text_is_gone_on_with_after_a_few_of_its_tokens(recipe: ModuleType) -> None:
+    from data import NATIVE, Corpus, Row
+    from layout import lay_out
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    corpus = Corpus.__new__(Corpus)
+    corpus.tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(
+        sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    corpus.tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    before, after = map(corpus.ids, NATIVE[1].split("{q}"))
+    text = random.Random(0).sample(range(300, 400), 40)
+    corpus.eos, corpus.full_stops = 2, {text[25]}
+    branches = corpus.recall_branches(random.Random(1), text, 200, NATIVE[1])
+    for branch in branches:
+        part, first = branch.stands
+        cue = branch.ids[len(before) : branch.answer_start - len(after)]
+        told = branch.ids[branch.answer_start :]
+        assert branch.ids == [*before, *cue, *after, *told]
+        said = 25 - first if 0 < 25 - first < 24 else min(24, 40 - first)  # to the sentence's end, or 24 tokens
+        assert told == text[first : first + said] + ([2] if first + said == 25 else [])
+        assert text[first - len(cue) : first] == cue
+        assert (part, branch.kind) == (0, "recall")
+    assert {branch.stands[1] for branch in branches} == set(range(3, 32))
+    assert corpus.recall_branches(random.Random(1), text[:20], 2, NATIVE[1]) == []
+    flat = lay_out(Row([], [(text, 4.0)], branches[:1]), [], {0: 0})
+    told = branches[0].ids[branches[0].answer_start :]
+    assert [(label, kind) for _, label, kind, _ in flat.targets] == [(token, "recall") for token in told]
+
+
+def test_a_reconstruction_is_asked_for_whole_where_some_of_its_own_past_is_wrong(recipe: ModuleType) -> None:
+    from data import MISHEARD, Corpus, Row
+    from layout import lay_out
+    from tokenizers import Tokenizer, models
+
+    corpus = Corpus.__new__(Corpus)
+    corpus.tokenizer = Tokenizer(models.BPE(vocab={str(i): i for i in range(4096)}, merges=[]))
+    corpus.eos = 2
+    text = random.Random(0).sample(range(6, 4096), 2000)
+    branch = corpus.reconstruction(random.Random(1), text, 4097)
+    flat = lay_out(Row([], [(text, 4.0)], [branch]), [], {0: 0})
+    assert [label for _, label, _, _ in flat.targets] == [*text, 2]
+    read = flat.ids[flat.context :]
+    assert (read[0], read[-1], len(read)) == (4097, 2, 2002)
+    assert sum(a != b for a, b in zip(read[1:-1], text, strict=True)) / 2000 == pytest.approx(MISHEARD, abs=0.02)
+    assert len(flat.points) == 2000
+
+
 def test_a_reconstruction_follows_the_slots_that_hold_its_tokens(recipe: ModuleType) -> None:
     from data import Branch, Row
     from layout import lay_out
 
     row = Row([1], [([7] * 10, 4.0)], [Branch([91, *[7] * 10, 2], 1, "reconstruct", stands=(0, 0))])
     flat = lay_out(row, [3], {0: 0})
-    assert [column for column, _, _ in flat.points] == list(range(4, 14))  # [1], three slots, then [AE]
-    assert [target - 1 for _, (target,), _ in flat.points] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
-    assert {kind for _, _, kind in flat.points} == {"follow"}
+    assert [point.column for point in flat.points] == list(range(4, 14))  # [1], three slots, then [AE]
+    assert [point.targets[0] - 1 for point in flat.points] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert [(point.token, point.tokens) for point in flat.points[2:7]] == [(2, 3), (0, 3), (1, 3), (2, 3), (0, 4)]
+    assert {point.kind for point in flat.points} == {"follow"}
 
 
 @pytest.mark.parametrize(("length", "slots"), [(8, 2), (10, 3), (7, 7), (112, 28), (5, 1)])
@@ -335,6 +419,42 @@ def test_a_step_is_the_same_in_one_process_and_in_two() -> None:
     alone, together = said
     assert (alone[0], together[0]) == ("1", "2")
     assert [float(x) for x in together[1:]] == pytest.approx([float(x) for x in alone[1:]], rel=1e-4)
+
+
+def test_the_rate_of_the_joint_stage_falls_several_times(recipe: ModuleType) -> None:
+    from schedule import FALLS, Schedule
+
+    schedule = Schedule(joint=1000, warmup=10)
+    assert schedule.ends() == [560, 800, 940, 1000]
+    for begin, end, (_, first, last) in zip([0, *schedule.ends()], schedule.ends(), FALLS, strict=False):
+        rates = [schedule.learning_rate("joint", step) for step in range(begin, end)]
+        assert rates[0] == pytest.approx(first / 10)  # from the first of ten steps of warm-up
+        assert max(rates) == first
+        assert rates[(end - begin) // 2 - 1] == first
+        assert rates[-1] == pytest.approx(last, abs=2 * first / (end - begin))
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_a_control_learns_its_compressor_at_the_rate_of_the_joint_stage(recipe: ModuleType) -> None:
+    from schedule import Schedule
+
+    assert Schedule(joint=0, compressor=500).learning_rate("compressor", 100) == 0.5
+    assert Schedule(joint=500, compressor=500).learning_rate("compressor", 100) == 0.2
+
+
+def test_what_the_falls_end_with_is_averaged(recipe: ModuleType, model: torch.nn.Module, tmp_path: Path) -> None:
+    from model import Model
+
+    before, ends = {k: v.clone() for k, v in model.state_dict().items()}, []
+    for number in range(2):
+        end = Model(model.shape)
+        end.load_state_dict({k: v + number + 1 for k, v in before.items()})
+        ends.append(tmp_path / f"{number}.safetensors")
+        recipe.save(end, recipe.make_optimizers(end, "joint", recipe.Schedule()), ends[-1], {})
+    averaged = copy.deepcopy(model)
+    recipe.average(averaged, ends)
+    for name, value in averaged.state_dict().items():
+        assert torch.allclose(value, before[name] + 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("script", ["train", "export"])
