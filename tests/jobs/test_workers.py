@@ -58,9 +58,9 @@ def test_a_worker_that_would_make_other_spans_refuses() -> None:
 
 @pytest.mark.parametrize(("target", "factor"), [(None, 4), (0.5, 8)])
 def test_a_worker_measures_what_its_spans_retain(target: float | None, factor: int) -> None:
-    text = generate_corpus(1, seed=3)[0].text  # at 16x none of its names and dates come back, at 8x most
+    text = generate_corpus(1, seed=0)[0].text  # at 16x few of its names and dates come back, at 8x all
     worker = LoadingSpanWorker(settings(retention=True, target_retention=target))
-    (row,) = worker(chunks_to_table([Chunk("d", text, 0, len(text), 89)])).to_pylist()
+    (row,) = worker(chunks_to_table([Chunk("d", text, 0, len(text), 77)])).to_pylist()
     span = span_from_bytes(row["span"])
     assert set(span.retention) == {span.num_slots}
     assert span.num_slots == math.ceil(span.num_source_tokens / factor)
