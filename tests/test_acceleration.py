@@ -8,8 +8,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ctxcomp_rag.acceleration import GROUPED_ATTENTION, grouped_attention
 from ctxcomp_rag.backbone import Backbone, load_frozen
-from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, Part, TokenIds, preroll
+from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings, Part, Text, TokenIds, preroll
 from ctxcomp_rag.errors import UnsupportedModelError
+from ctxcomp_rag.evaluation.fictional import generate_corpus
 from ctxcomp_rag.spans import SoftSpan, SpanSpec
 from tests.tiny_models import ARCHITECTURES, tiny_backbone, tiny_config, tiny_model, tiny_tokenizer
 
@@ -77,7 +78,7 @@ def test_capped_scores_are_refused_with_the_reason() -> None:
 
 def test_int8_is_near_leaves_the_original_alone_and_keeps_the_fingerprint() -> None:
     backbone = load_frozen()
-    prompt = [TokenIds(tuple(range(200, 230)))]
+    prompt = [Text(generate_corpus(1, seed=3)[0].text)]
     expected = FrozenDecoder(backbone).logits(prompt)
     small = backbone.accelerated(int8=True)
     got = FrozenDecoder(small).logits(prompt)

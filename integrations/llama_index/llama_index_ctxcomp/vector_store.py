@@ -97,7 +97,8 @@ class SpanVectorStore(BasePydanticVectorStore):
             raise InputError(f"this store searches by vector only, it has no mode {query.mode.value!r}; use "
                              "vector_store_query_mode='default'")
         if query.query_embedding is None:
-            raise InputError("expected a query with an embedding, got none; give the retriever an embed_model")
+            raise InputError("expected a query with an embedding, got none; ask a question that is not empty (a chat "
+                             "engine may condense one to nothing), or give the retriever an embed_model")
         where: dict[str, Any] = equalities(query.filters)
         if query.doc_ids:
             where["document_id"] = query.doc_ids

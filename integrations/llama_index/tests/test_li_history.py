@@ -53,7 +53,7 @@ def test_the_context_of_this_turn_is_spliced_beside_such_a_history(setup: Setup,
 
 @pytest.mark.parametrize("engine", [ContextChatEngine, CondensePlusContextChatEngine])
 def test_a_chat_engine_with_such_a_memory_splices_the_context_it_retrieved(setup: Setup, engine: type) -> None:
-    llm = RecordingLLM(setup.chat, scope=SCOPE, max_tokens=2)
+    llm = RecordingLLM(setup.chat, scope=SCOPE, max_tokens=8)
     memory = ChatMemoryBuffer.from_defaults(chat_history=imitations(live_reference(setup)), token_limit=100000)
     chat = engine.from_defaults(  # type: ignore[attr-defined]
         retriever=setup.store_index().as_retriever(similarity_top_k=1), llm=llm, memory=memory,
