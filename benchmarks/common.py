@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pages import table
 from tqdm import tqdm
 
 from ctxcomp_rag.backbone import Backbone, load_frozen
@@ -27,14 +28,6 @@ _Result = TypeVar("_Result")
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Print rows as a Markdown table."""
     print(table(rows))
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as a Markdown table."""
-    keys = list(rows[0])
-    lines = [[*keys], *(["-" if row[k] is None else f"{row[k]}" for k in keys] for row in rows)]
-    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([head, "|" + "---|" * len(keys), *body])
 
 
 def decoder_of(model: str | None) -> Backbone:

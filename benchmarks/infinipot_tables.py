@@ -5,13 +5,9 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-from pathlib import Path
 from typing import Any
 
-from common import table
+from pages import between, fill, table
 
 ROWS = {"kept": "rows", "needle": "means", "memory_embedded": "rows", "memory_random_0.5b": "rows",
         "first_token": "rows", "first_token_random_0.5b": "rows"}
@@ -27,22 +23,5 @@ def filled(page: str, results: dict[str, Any]) -> str:
     return page
 
 
-def between(page: str, mark: str, text: str) -> str:
-    """The page with the text between <!-- mark --> and the next <!-- end --> replaced."""
-    pattern = re.compile(rf"(<!-- {re.escape(mark)} -->).*?(<!-- end -->)", re.S)
-    return pattern.sub(lambda found: found[1] + text + found[2], page, count=1)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--page", type=Path, default=Path("docs/infinipot.md"))
-    args = parser.parse_args()
-    found = {name: json.loads(path.read_text(encoding="utf-8")) for name in ROWS
-             if (path := args.results / f"{name}.json").exists()}
-    args.page.write_text(filled(args.page.read_text(encoding="utf-8"), found), encoding="utf-8")
-    print(f"{args.page}: {', '.join(found) or 'no result'} filled in")
-
-
 if __name__ == "__main__":
-    main()
+    fill(__doc__, "docs/infinipot.md", ROWS, filled)

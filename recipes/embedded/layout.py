@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter
@@ -24,16 +25,21 @@ def slot_places(length: int, slots: int) -> list[int]:
     return [max(1, (j + 1) * length // slots) - 1 for j in range(slots)]
 
 
-def slot_of(token: int, length: int, slots: int) -> int:
-    """The slot in whose piece of the text a token lies."""
-    return -(-(token + 1) * slots // length) - 1
+class Span(NamedTuple):
+    """Slots in the place of a text: which of all slots is the first, and the tokens of the text that they sit on."""
 
+    first: int
+    places: list[int]
 
-def token_in_slot(token: int, length: int, slots: int) -> tuple[int, int]:
-    """Which token of its slot's piece of the text a token is, and how many the piece has."""
-    slot = slot_of(token, length, slots)
-    first, last = slot * length // slots, max(slot * length // slots + 1, (slot + 1) * length // slots)
-    return token - first, last - first
+    def holder(self, token: int) -> int:
+        """The slot that holds a token: the first at or after it."""
+        return min(bisect_left(self.places, token), len(self.places) - 1)
+
+    def turn(self, token: int) -> tuple[int, int]:
+        """Which token of its slot a token is, and how many the slot holds."""
+        slot = self.holder(token)
+        begin = self.places[slot - 1] + 1 if slot else 0
+        return token - begin, self.places[slot] - begin + 1
 
 
 class Point(NamedTuple):
@@ -66,7 +72,8 @@ def columns_of(flats: list[Flat]) -> tuple[Tensor, Tensor, Tensor]:
     return ids, places, slot
 
 
-def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat:
+def lay_out(row: Row, separator: list[int], spans: dict[int, Span]) -> Flat:
+    """One sequence of tokens for the decoder; `spans` by part."""
     flat = Flat([], [], 0, [], [], [])
     place = 0
     held: list[list[int]] = []  # by part, the column of each of its tokens, or of the slot that holds it
@@ -83,18 +90,18 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
             place += 1
 
     add_text(row.prefix)
-    for k, (ids, factor) in enumerate(row.parts):
+    for k, (ids, _) in enumerate(row.parts):
         if k:
             add_text(separator)
-        count = num_slots(len(ids), factor or 1)
-        held.append([len(flat.ids) + (slot_of(n, len(ids), count) if factor else n) for n in range(len(ids))])
-        if factor is None:
+        span = spans.get(k)
+        held.append([len(flat.ids) + (span.holder(n) if span else n) for n in range(len(ids))])
+        if span is None:
             add_text(ids, labelled=row.language_model)
             continue
-        for j, p in enumerate(slot_places(len(ids), count)):
+        for j, p in enumerate(span.places):
             flat.ids.append(0)
             flat.places.append(place + p)
-            flat.slot.append(span_starts[k] + j)
+            flat.slot.append(span.first + j)
         place += len(ids)
     flat.context = len(flat.ids)
     named: dict[int, tuple[int, ...]] = {}  # by part, the columns that name it, wherever it does
@@ -132,7 +139,7 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
             flat.points.append(Point(base + branch.answer_start - 1, name, "who"))
         if branch.stands is not None:
             part, first = branch.stands
-            (ids, factor), there = row.parts[part], held[part]
+            (ids, _), there = row.parts[part], held[part]
             begin = base + branch.answer_start - 1
             if part in named:
                 flat.points.append(Point(begin, named[part], "ask"))
@@ -140,6 +147,6 @@ def lay_out(row: Row, separator: list[int], span_starts: dict[int, int]) -> Flat
                 if n and ids[first + n : first + n + 1] != [token]:
                     break
                 kind = "follow" if n or branch.kind == "reconstruct" else "point"
-                within = token_in_slot(first + n, len(ids), num_slots(len(ids), factor)) if factor else (0, 1)
-                flat.points.append(Point(begin + n, (there[first + n],), kind, *within))
+                turn = spans[part].turn(first + n) if part in spans else (0, 1)
+                flat.points.append(Point(begin + n, (there[first + n],), kind, *turn))
     return flat

@@ -7,6 +7,7 @@ that its cost does not grow with the number of tokens), and logits are computed 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,7 @@ class Shape:
         return self.rope_theta ** (-torch.arange(0, self.head_dim, 2).float() / self.head_dim)
 
 
+Edit = Callable[[Tensor], Tensor]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -69,14 +71,17 @@ class Block(nn.Module):
         return qkv, w["o_proj"], torch.cat([w["gate_proj"], w["up_proj"]]), w["down_proj"]
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packing: Packing, encoder: bool,
-                tap: list[tuple[Tensor, Tensor]] | None = None, kept: Tensor | None = None) -> Tensor:
+                tap: list[tuple[Tensor, Tensor]] | None = None, kept: Tensor | None = None,
+                edit: Edit | None = None) -> Tensor:
         """Hidden states (tokens, hidden_size), or those at `kept`; `tap` takes the queries and keys, each (tokens,
-        heads, head_dim)."""
+        heads, head_dim); `edit` returns what to go on with in the place of queries, keys and values (tokens, 3, heads,
+        head_dim) before they are rotated."""
         s = self.shape
         qkv_w, o_w, gate_up_w, down_w = self.matrices(encoder)
         n, d = x.shape
         h = F.rms_norm(x, (d,), self.input_norm, s.rms_norm_eps)
-        qk, v = F.linear(h, qkv_w).view(n, 3, s.num_heads, s.head_dim).split((2, 1), dim=1)
+        qkv = F.linear(h, qkv_w).view(n, 3, s.num_heads, s.head_dim)
+        qk, v = (edit(qkv) if edit else qkv).split((2, 1), dim=1)
         one, two = qk.chunk(2, dim=-1)
         q, k = (qk * cos + torch.cat([-two, one], dim=-1) * sin).unbind(1)
         if tap is not None:
@@ -106,14 +111,15 @@ class Model(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def run(self, x: Tensor, positions: Tensor, packing: Packing, where: Tensor, encoder: bool,
-            tap: list[tuple[Tensor, Tensor]] | None = None, states: list[Tensor] | None = None) -> Tensor:
+            tap: list[tuple[Tensor, Tensor]] | None = None, states: list[Tensor] | None = None,
+            edits: Sequence[Edit] | None = None) -> Tensor:
         """Hidden states (len(where), hidden_size) of the tokens at `where`; `states` takes those of all tokens, of all
-        layers but the last."""
+        layers but the last; `edits` are the layers' (see Block)."""
         cos = self.cos[positions][:, None, None, :]
         sin = self.sin[positions][:, None, None, :]
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             last = block is self.blocks[-1]
-            x = block(x, cos, sin, packing, encoder, tap, where if last else None)
+            x = block(x, cos, sin, packing, encoder, tap, where if last else None, edits[number] if edits else None)
             if states is not None and not last:
                 states.append(x)
         return F.rms_norm(x, (x.shape[-1],), self.final_norm, self.shape.rms_norm_eps)

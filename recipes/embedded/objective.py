@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from data import Row
-from layout import Flat, columns_of, lay_out, num_slots, slot_places
+from layout import Flat, Span, columns_of, lay_out, num_slots, slot_places
 from model import Model
 from packed import Packing
 from parallel import total
@@ -39,17 +40,20 @@ def token_weights(counts: dict[str, int]) -> dict[str, float]:
     return {k: READ[k] * read if k in READ else MEANS[k] / max(1, counts[k]) for k in KINDS}
 
 
-def encode_spans(model: Model, spans: list[tuple[list[int], float]]) -> tuple[Tensor, list[int]]:
-    """Slots of all spans, in order, and where each span begins among them."""
-    counts = [num_slots(len(ids), f) for ids, f in spans]
-    packing = Packing([(len(ids) + n, ()) for (ids, _), n in zip(spans, counts, strict=True)])
+# Texts and how much to compress them -> what stands in their place, and by text the tokens that it sits on.
+Encode = Callable[[Model, list[tuple[list[int], float]]], tuple[Tensor, list[list[int]]]]
+
+
+def encode_spans(model: Model, spans: list[tuple[list[int], float]]) -> tuple[Tensor, list[list[int]]]:
+    """Slots of all spans, in order, and by span the places of its slots in the text."""
+    spread = [slot_places(len(ids), num_slots(len(ids), f)) for ids, f in spans]
+    packing = Packing([(len(ids) + len(on), ()) for (ids, _), on in zip(spans, spread, strict=True)])
     ids, places, where = [], [], []
-    for (text, _), n, begin in zip(spans, counts, packing.begins, strict=False):
-        ids += text + [model.shape.vocab_size] * n
-        places += [*range(len(text)), *slot_places(len(text), n)]
-        where += range(begin + len(text), begin + len(text) + n)
-    slots = model.encode(torch.tensor(ids), torch.tensor(places), packing, torch.tensor(where))
-    return slots, [0, *accumulate(counts)]
+    for (text, _), on, begin in zip(spans, spread, packing.begins, strict=False):
+        ids += text + [model.shape.vocab_size] * len(on)
+        places += [*range(len(text)), *on]
+        where += range(begin + len(text), begin + len(text) + len(on))
+    return model.encode(torch.tensor(ids), torch.tensor(places), packing, torch.tensor(where)), spread
 
 
 def pointing_loss(tapped: tuple[Tensor, Tensor], flats: list[Flat], kind: str, heads: int) -> Tensor:
@@ -117,26 +121,29 @@ class Outcome:
     exact: list[bool]
 
 
-def forward(model: Model, rows: list[Row], separator: list[int], naming: float = 0.0, taught: float = 0.0) -> Outcome:
+def forward(model: Model, rows: list[Row], separator: list[int], naming: float = 0.0, taught: float = 0.0,
+            guided: bool = True, encode: Encode = encode_spans) -> Outcome:
     """Loss of these rows. With several processes, means are over the rows of all of them.
 
     Args:
         naming: weight of the naming loss.
         taught: weight of what the documents as text teach (see `teaching`); rows that are all text have none.
+        guided: heads are told where to look. Those of a frozen decoder cannot learn it.
+        encode: makes the memory that stands in the place of texts.
     """
     spans = [(ids, f) for row in rows for ids, f in row.parts if f is not None]
-    slots, starts = encode_spans(model, spans) if spans else (torch.zeros(0, model.shape.hidden_size), [0])
-    flats, begin = [], iter(starts)
-    for row in rows:
-        flats.append(lay_out(row, separator, {k: next(begin) for k, (_, f) in enumerate(row.parts) if f is not None}))
+    slots, spread = encode(model, spans) if spans else (torch.zeros(0, model.shape.hidden_size), [])
+    laid = map(Span, accumulate(map(len, spread), initial=0), spread)
+    flats = [lay_out(row, separator, {k: next(laid) for k, (_, f) in enumerate(row.parts) if f is not None})
+             for row in rows]
     rows = [r for r, f in zip(rows, flats, strict=True) if f.targets]
     flats = [f for f in flats if f.targets]
     kind_counts = Counter(t[2] for f in flats for t in (*f.targets, *f.points))
-    counted = total(torch.tensor([float(kind_counts[k]) for k in KINDS] + [float(len(slots))]))
+    counted = total(torch.tensor([float(kind_counts[k]) for k in KINDS] + [float(sum(map(len, spread)))]))
     totals = dict(zip(KINDS, map(int, counted.tolist()), strict=False))
     weights = token_weights(totals)
     loss = torch.zeros(())
-    if naming and len(slots):
+    if naming and spread:
         loss = loss + naming_loss(model, spans, slots) * (naming / float(counted[-1]))
     packing = Packing([(f.context, f.branches) for f in flats])
     targets = [(begin + t[0], *t[1:], n) for n, (f, begin) in enumerate(zip(flats, packing.begins, strict=False))
@@ -148,7 +155,7 @@ def forward(model: Model, rows: list[Row], separator: list[int], naming: float =
     states: list[Tensor] = []
     logits = model.decode(ids, slots, slot, places, packing, where, tap, states)
     sums = dict.fromkeys(KINDS, 0.0)
-    for kind, (block, heads) in HEADS.items():
+    for kind, (block, heads) in HEADS.items() if guided else ():
         pointed = pointing_loss(tap[block], flats, kind, heads)
         loss = loss + pointed * weights[kind]
         sums[kind] = float(pointed.detach())

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import torch
 from cooccurrence import embeddings_from_counts
-from data import SPECIALS, Corpus, Row, read_lines, read_squad
+from data import SPECIALS, Corpus, read_lines, read_squad
+from kept import MEMORIES, without_wording
+from measure import evaluate
 from mix import cost, step_rows
 from model import Model, Shape
-from objective import KINDS, READ, forward
+from objective import KINDS, forward
 from parallel import share, spread, start, sum_gradients
 from positional import set_positional_heads
 from safetensors import safe_open
@@ -99,31 +101,6 @@ def make_optimizers(model: Model, stage: str, schedule: Schedule) -> list[torch.
                               weight_decay=0.0)]
 
 
-@torch.no_grad()
-def evaluate(model: Model, corpus: Corpus, vocab: int, seed: int = 7) -> dict[str, float]:
-    """Exact match of teacher-forced greedy answers (equal to greedy decoding) and reconstruction loss by factor."""
-    result: dict[str, float] = {}
-
-    def score(name: str, rows: list[Row]) -> None:
-        out = forward(model, rows, corpus.separator)
-        answers = [k for k in READ if k.startswith("answer")]
-        tokens = max(1, sum(out.counts[k] for k in answers))
-        result[name + ".answer"] = round(sum(out.sums[k] for k in answers) / tokens, 4)
-        only = [Row(r.prefix, r.parts, [b for b in r.branches if b.kind == "answer"], source=r.source) for r in rows]
-        got = forward(model, only, corpus.separator).exact
-        result[name + ".em"] = round(100 * sum(got) / max(1, len(got)), 1)
-        if out.counts["reconstruct"]:
-            result[name + ".rec"] = round(out.sums["reconstruct"] / out.counts["reconstruct"], 4)
-
-    for source in ("fictional", "squad"):
-        for factor in (None, 1.0, 2.0, 4.0, 8.0, 16.0):
-            name, rng = "text" if factor is None else f"{factor:g}x", random.Random(seed)
-            score(f"{source}.{name}", [corpus.single_row(rng, source, factor, vocab + 1) for _ in range(24)])
-            if source == "fictional" and factor in (None, 4.0, 8.0):
-                score(f"several.{name}", [corpus.several_row(rng, source, [factor] * 3) for _ in range(16)])
-    return result
-
-
 def record(folder: Path, rank: int, line: dict[str, object]) -> None:
     """Print a line of the log and keep it (the first process does)."""
     if rank:
@@ -141,6 +118,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="rows per step, relative to the default")
     parser.add_argument("--english", type=float, default=1.0, help="share of steps with each of the English rows")
     parser.add_argument("--wiki-files", type=int, default=1)
+    parser.add_argument("--memory", choices=tuple(MEMORIES), default="slots", help="what spans are: see kept.py")
     for name, value in asdict(Schedule()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--evaluate-every", type=int, default=250)
@@ -157,7 +135,8 @@ def main() -> None:
     corpus = Corpus(tokenizer, args.data, args.wiki_files)
     held_out = Corpus(tokenizer, args.data, 0, squad="dev")
     torch.manual_seed(args.seed)
-    model = Model(shape)
+    kind, encode = MEMORIES[args.memory]
+    model = kind(shape)
     checkpoint = args.out / "checkpoint.safetensors"
     if not checkpoint.exists():
         model.embed.data.copy_(embeddings_from_counts(corpus.texts(random.Random(args.seed)), shape.vocab_size,
@@ -182,11 +161,14 @@ def main() -> None:
             rng = random.Random(f"{args.seed}/{stage}/{step}")
             rows = step_rows(corpus, stage, rng, schedule.progress(stage, step), args.scale,
                              shape.vocab_size, schedule.max_factor, args.english, 8 if step < COPYING else 2)
+            if args.memory == "kept":
+                rows = [r for r in map(without_wording, rows) if r.branches]
             scale = schedule.learning_rate(stage, step)
             for optimizer, rate in zip(optimizers, (schedule.muon_lr, schedule.adam_lr), strict=True):
                 optimizer.param_groups[0]["lr"] = rate * scale
             mine = share(rows, [cost(r) for r in rows], rank, world)
-            out = forward(model, mine, corpus.separator, schedule.naming(stage, step), TAUGHT[stage])
+            out = forward(model, mine, corpus.separator, schedule.naming(stage, step), TAUGHT[stage],
+                          stage != "compressor", encode)
             out.loss.backward()
             sum_gradients(model.parameters())
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
@@ -209,7 +191,7 @@ def main() -> None:
                     average(model, ends[:-1])
             if (step + 1) % args.evaluate_every == 0 or done:
                 record(args.out, rank, {"stage": stage, "step": step + 1,
-                                  "evaluation": evaluate(model, held_out, shape.vocab_size)})
+                                  "evaluation": evaluate(model, held_out, encode)})
                 began = time.time()
             if not rank and ((step + 1) % args.save_every == 0 or done):
                 following = STAGES[min(STAGES.index(stage) + 1, len(STAGES) - 1)]

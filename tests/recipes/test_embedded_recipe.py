@@ -165,11 +165,11 @@ def test_where_to_look_is_asked_of_the_exported_decoders_own_attention(recipe: M
 
 def test_a_word_of_the_question_looks_at_the_slot_that_holds_it(recipe: ModuleType) -> None:
     from data import Branch, Row
-    from layout import Point, lay_out
+    from layout import Point, Span, lay_out
 
     row = Row([1], [([5, 6, 7, 8], 2.0)], [Branch([7, 3, 8, 2], 2, "answer", stands=(0, 3))])
-    assert lay_out(row, [3], {0: 0}).points == [Point(3, (2,), "match"),
-                                                Point(4, (2,), "point", token=1, tokens=2)]
+    assert lay_out(row, [3], {0: Span(0, [1, 3])}).points == [Point(3, (2,), "match"),
+                                                              Point(4, (2,), "point", token=1, tokens=2)]
 
 
 def test_tokens_of_a_slot_are_dealt_out_to_the_heads_that_copy(recipe: ModuleType, model: torch.nn.Module) -> None:
@@ -207,12 +207,12 @@ def test_no_head_is_idle_and_every_token_of_a_slot_has_a_head(recipe: ModuleType
 
 def test_tokens_of_a_document_and_questions_about_it_look_at_its_name(recipe: ModuleType) -> None:
     from data import Branch, Row
-    from layout import Point, lay_out
+    from layout import Point, Span, lay_out
 
     about_it = Branch([30, 31, 32, 4, 2], 3, "answer", stands=(1, 4), name=(1, 1))
     row = Row([1], [([5, 6, 7, 8], None), ([8, 7, 6, 5, 4, 3], 2.0)], [about_it],
               names=[[(1, 2)], [(0, 2), (5, 5)]])
-    flat = lay_out(row, [3], {1: 0})  # bos, four tokens, a separator, three slots, the branch
+    flat = lay_out(row, [3], {1: Span(0, [1, 3, 5])})  # bos, four tokens, a separator, three slots, the branch
     assert flat.points[:2] == [Point(4, (2, 3), "bind"), Point(8, (6, 7), "bind")]
     assert flat.points[2:] == [Point(11, (10,), "who"), Point(11, (6, 7, 8), "ask"),
                                Point(11, (8,), "point", token=0, tokens=2)]
@@ -241,7 +241,7 @@ def test_a_documents_name_is_found_in_its_tokens(recipe: ModuleType) -> None:
 
 def test_a_text_is_gone_on_with_after_a_few_of_its_tokens(recipe: ModuleType) -> None:
     from data import NATIVE, Corpus, Row
-    from layout import lay_out
+    from layout import Span, lay_out
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     corpus = Corpus.__new__(Corpus)
@@ -263,14 +263,14 @@ def test_a_text_is_gone_on_with_after_a_few_of_its_tokens(recipe: ModuleType) ->
         assert (part, branch.kind) == (0, "recall")
     assert {branch.stands[1] for branch in branches} == set(range(3, 32))
     assert corpus.recall_branches(random.Random(1), text[:20], 2, NATIVE[1]) == []
-    flat = lay_out(Row([], [(text, 4.0)], branches[:1]), [], {0: 0})
+    flat = lay_out(Row([], [(text, 4.0)], branches[:1]), [], {0: Span(0, [*range(3, 40, 4)])})
     told = branches[0].ids[branches[0].answer_start :]
     assert [(label, kind) for _, label, kind, _ in flat.targets] == [(token, "recall") for token in told]
 
 
 def test_a_reconstruction_is_asked_for_whole_where_some_of_its_own_past_is_wrong(recipe: ModuleType) -> None:
     from data import MISHEARD, Corpus, Row
-    from layout import lay_out
+    from layout import Span, lay_out
     from tokenizers import Tokenizer, models
 
     corpus = Corpus.__new__(Corpus)
@@ -278,7 +278,7 @@ def test_a_reconstruction_is_asked_for_whole_where_some_of_its_own_past_is_wrong
     corpus.eos = 2
     text = random.Random(0).sample(range(6, 4096), 2000)
     branch = corpus.reconstruction(random.Random(1), text, 4097)
-    flat = lay_out(Row([], [(text, 4.0)], [branch]), [], {0: 0})
+    flat = lay_out(Row([], [(text, 4.0)], [branch]), [], {0: Span(0, [*range(3, 2000, 4)])})
     assert [label for _, label, _, _ in flat.targets] == [*text, 2]
     read = flat.ids[flat.context :]
     assert (read[0], read[-1], len(read)) == (4097, 2, 2002)
@@ -288,10 +288,10 @@ def test_a_reconstruction_is_asked_for_whole_where_some_of_its_own_past_is_wrong
 
 def test_a_reconstruction_follows_the_slots_that_hold_its_tokens(recipe: ModuleType) -> None:
     from data import Branch, Row
-    from layout import lay_out
+    from layout import Span, lay_out
 
     row = Row([1], [([7] * 10, 4.0)], [Branch([91, *[7] * 10, 2], 1, "reconstruct", stands=(0, 0))])
-    flat = lay_out(row, [3], {0: 0})
+    flat = lay_out(row, [3], {0: Span(0, [2, 5, 9])})
     assert [point.column for point in flat.points] == list(range(4, 14))  # [1], three slots, then [AE]
     assert [point.targets[0] - 1 for point in flat.points] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert [(point.token, point.tokens) for point in flat.points[2:7]] == [(2, 3), (0, 3), (1, 3), (2, 3), (0, 4)]
@@ -300,11 +300,11 @@ def test_a_reconstruction_follows_the_slots_that_hold_its_tokens(recipe: ModuleT
 
 @pytest.mark.parametrize(("length", "slots"), [(8, 2), (10, 3), (7, 7), (112, 28), (5, 1)])
 def test_a_token_is_held_by_the_first_slot_behind_it(recipe: ModuleType, length: int, slots: int) -> None:
-    from layout import slot_of, slot_places
+    from layout import Span, slot_places
 
     places = slot_places(length, slots)
     expected = [next(j for j, p in enumerate(places) if p >= token) for token in range(length)]
-    assert [slot_of(token, length, slots) for token in range(length)] == expected
+    assert [Span(0, places).holder(token) for token in range(length)] == expected
 
 
 def test_an_answer_stands_somewhere_only_if_the_context_states_it_once(recipe: ModuleType) -> None:
