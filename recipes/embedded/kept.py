@@ -157,6 +157,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    checkpoint = args.out / "checkpoint.safetensors"
+    if checkpoint.exists():
+        parser.error(f"expected a new folder, got {args.out} with a checkpoint: train.py goes on with it")
     args.out.mkdir(parents=True, exist_ok=True)
     shutil.copy(args.begin.parent / "tokenizer.json", args.out)
     corpus = Corpus(Tokenizer.from_file(str(args.out / "tokenizer.json")), args.data, 0)
@@ -165,8 +168,8 @@ def main() -> None:
     begun = {k[6:]: v for k, v in load_file(args.begin).items() if k.startswith("model.")}
     model.load_state_dict({**model.state_dict(), **begun})  # the scorer has nothing to begin with
     teach(model, corpus, args.steps, random.Random(args.seed))
-    save_file({f"model.{k}": v.contiguous() for k, v in model.state_dict().items()},
-              args.out / "checkpoint.safetensors", metadata={"state": json.dumps({"stage": "compressor", "step": 0})})
+    save_file({f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}, checkpoint,
+              metadata={"state": json.dumps({"stage": "compressor", "step": 0})})
 
 
 if __name__ == "__main__":

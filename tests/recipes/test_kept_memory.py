@@ -134,3 +134,15 @@ def test_a_stage_that_tells_no_head_where_to_look_has_no_such_loss(keeper: torch
     assert left.sums["point"] == 0
     assert left.sums["answer"] == told.sums["answer"]
     assert left.loss < told.loss
+
+
+def test_a_checkpoint_is_not_written_over(recipe: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    import kept
+
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"trained")
+    monkeypatch.setattr("sys.argv", ["kept.py", "--data", "DATA", "--begin", "no", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        kept.main()
+    assert "expected a new folder, got" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == b"trained"
