@@ -16,7 +16,7 @@ from ctxcomp_rag.backbone import EMBEDDED_MODEL, load_frozen
 from ctxcomp_rag.compressors import load_compressor, possible_factors
 from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground
 from ctxcomp_rag.evaluation.provenance import write_result
-from ctxcomp_rag.evaluation.systems import PREROLLED, default_systems
+from ctxcomp_rag.evaluation.systems import PREROLLED, default_systems, quoted_systems
 from ctxcomp_rag.pipeline import load_trained_compressor
 from ctxcomp_rag.retrieval import load_retrieval_encoder
 
@@ -37,6 +37,7 @@ def main() -> None:
         compressor = load_trained_compressor("icae", backbone)
     systems = default_systems(possible_factors(compressor))
     systems += [p for p in PREROLLED if any(s.factor == p.factor and s.kind == "spans" for s in systems)]
+    systems += quoted_systems(default_systems(possible_factors(compressor)))
     report = evaluate_home_ground(compressor, load_retrieval_encoder(), documents=args.documents, seed=args.seed,
                                   systems=systems)
     result = asdict(report)

@@ -84,6 +84,8 @@ def ask(
     share: Annotated[ShareSlots, typer.Option(help="How the slot budget is shared: evenly, by score, or for the most "
                                               "retention.")] = ShareSlots.uniform,
     min_retention: Annotated[float | None, typer.Option(help="Read chunks whose spans retain less as text.")] = None,
+    quote: Annotated[bool, typer.Option("--quote", help="Hold the answer to the words of the retrieved texts, whatever "
+                                        "the decoder reads in their place.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -99,7 +101,7 @@ def ask(
     with CompressedRAG.open(index, model=model, compressor=compressor, cache_budget=cache_budget) as rag:
         began = time.perf_counter()
         answer = rag.answer(question, mode=mode.value, top_k=top_k, settings=settings, factor=factor,
-                            slot_budget=slot_budget, share=share.value, min_retention=min_retention)
+                            slot_budget=slot_budget, share=share.value, min_retention=min_retention, quote=quote)
         seconds = time.perf_counter() - began
         usage = {**answer.usage.__dict__, "positions": answer.usage.positions,
                  "completion_tokens": answer.completion_tokens, "seconds": round(seconds, 4),

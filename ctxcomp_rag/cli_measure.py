@@ -40,6 +40,8 @@ def evaluate(
     codec: Annotated[list[str] | None, typer.Option(help="Also spans stored in fewer bytes: int8, fp8, int4, rotated4, "
                                                     "rotated3, rotated2; may be repeated.")] = None,
     mixed: Annotated[bool, typer.Option("--mixed", help="Also the best chunk as text, the others as spans.")] = False,
+    quote: Annotated[bool, typer.Option("--quote", help="Also full text, spans and cut text with answers held to the "
+                                        "words of the chunks.")] = False,
     llmlingua: Annotated[str | None, typer.Option(help="Also text of which this LLMLingua-2 model (a folder or hub id) "
                                                   "keeps the words that matter.")] = None,
     model: Model = "embedded",
@@ -67,7 +69,7 @@ def evaluate(
     factors = factor or possible_factors(maker)
     systems = default_systems(factors) + further_systems(
         {name: made for name, made in named.items() if made is not maker}, factors, codecs=codec or (), mixed=mixed,
-        extractor=LLMLingua2(llmlingua, backbone.tokenizer) if llmlingua else None)
+        extractor=LLMLingua2(llmlingua, backbone.tokenizer) if llmlingua else None, quote=quote)
     chosen = SETTINGS if setting is Setting.both else (setting.value,)
     with tqdm(desc="eval", unit="answer", file=sys.stderr, disable=None) as bar:
         def advance(what: str, answered: int) -> None:

@@ -12,6 +12,7 @@ from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.decoding import GenerationSettings, Part
 from ctxcomp_rag.evaluation.fictional import generate_corpus
 from ctxcomp_rag.evaluation.home_ground import HomeGroundReport, evaluate_home_ground
+from ctxcomp_rag.evaluation.systems import default_systems, quoted_systems
 from ctxcomp_rag.evaluation.timing import cache_bytes, time_to_first_token
 from ctxcomp_rag.pipeline import CompressedRAG, Mode
 
@@ -65,8 +66,10 @@ def run_demo(seed: int = 1, *, documents: int = 100, examples: int = 2,
         report = rag.index((Document(d.id, d.text, {"kind": d.kind}) for d in corpus), factor=4.0)
         shown = [_side_by_side(rag, d.questions[0].question, d.questions[0].answer) for d in corpus[:examples]]
         say("asking every system the same questions")
+        systems = default_systems()
+        quoted = quoted_systems([s for s in systems if s.kind == "spans"])
         scores = evaluate_home_ground(rag.compressor, rag.encoder, documents=documents, seed=seed, with_bleu=False,
-                                      progress=None)
+                                      systems=[*systems, *quoted])
     return DemoResult(seed, documents, report.seconds, shown, scores, time.perf_counter() - began)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -222,7 +222,7 @@ class CompressedRAG:
     def answer(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
                where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None,
                blend: float = 0.0, factor: float | None = None, slot_budget: int | None = None,
-               share: Share = "uniform", min_retention: float | None = None) -> Answer:
+               share: Share = "uniform", min_retention: float | None = None, quote: bool = False) -> Answer:
         """Retrieve, splice and generate.
 
         Args:
@@ -231,9 +231,12 @@ class CompressedRAG:
             blend: fraction of the slots of KV spans and of pre-rolled ones to compute anew, so that the chunks see
                 each other (see `Blended`); 0 leaves the spans independent.
             factor, slot_budget, share, min_retention: how the spans are read, see `ctxcomp_rag.reading.Reading`.
+            quote: the answer is a run of words of the retrieved texts, or one of the settings' refusals. The decoder
+                reads what `mode` says; the texts cost it nothing (see `GenerationSettings.quote_from`).
         """
         reading = Reading(factor, slot_budget, share, min_retention)
         sources, dropped = self._sources(question, mode, top_k, where, reading)
+        settings = quoting(sources, settings) if quote else settings
         parts = self.prompt(question, sources, mode, blend=blend, reading=reading)
         made = self._reader(mode).generate(parts, settings, question=question)
         return Answer(made.text.strip(), tuple(sources), made.usage, made.completion_tokens, made.finish_reason,
@@ -242,10 +245,11 @@ class CompressedRAG:
     def stream(self, question: str, *, mode: Mode = "spans", top_k: int = DEFAULT_TOP_K,
                where: Mapping[str, Any] | None = None, settings: GenerationSettings | None = None,
                blend: float = 0.0, factor: float | None = None, slot_budget: int | None = None,
-               share: Share = "uniform", min_retention: float | None = None) -> Iterator[str]:
+               share: Share = "uniform", min_retention: float | None = None, quote: bool = False) -> Iterator[str]:
         """Like `answer`, in pieces of text as they are generated; close the iterator to cancel."""
         reading = Reading(factor, slot_budget, share, min_retention)
         sources, _ = self._sources(question, mode, top_k, where, reading)
+        settings = quoting(sources, settings) if quote else settings
         parts = self.prompt(question, sources, mode, blend=blend, reading=reading)
         return without_leading_space(self._reader(mode).stream(parts, settings, question=question))
 
@@ -300,6 +304,14 @@ def prompt_parts(backbone: Backbone, question: str, contents: Sequence[Sequence[
     # One part for "\n\nQuestion: ..." keeps the tokens that training saw; it may not be cut before the question.
     body = [*body[:-1], f"\n\nQuestion: {question}"]
     return render_chat(backbone.tokenizer, [*history, Message("user", tuple(body))])
+
+
+def quoting(sources: Sequence[RetrievedSpan], settings: GenerationSettings | None) -> GenerationSettings:
+    """The settings, for an answer that quotes from these chunks; raises InputError where there are none."""
+    if not sources:
+        raise InputError("there is nothing to quote from: no chunk was retrieved; leave quote out, or retrieve some "
+                         "(any mode but 'none')")
+    return replace(settings or GenerationSettings(), quote_from=tuple(s.chunk.text for s in sources))
 
 
 def blended(source: RetrievedSpan, fraction: float) -> list[Part]:

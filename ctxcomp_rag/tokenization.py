@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ctxcomp_rag.errors import InputError, UnsupportedModelError
+
+_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+"""What the letters of byte-level tokens stand for."""
 
 
 class TextTokenizer:
@@ -33,6 +38,7 @@ class TextTokenizer:
         named = {t["id"] for t in definition["added_tokens"]} | set(tokenizer.all_special_ids)
         self.control_ids = frozenset(named - {tokenizer.unk_token_id})  # an unknown character controls nothing
         definition["truncation"] = definition["padding"] = None  # settings of past calls, not of the tokenizer
+        self._of_bytes = '"ByteLevel"' in json.dumps(definition["decoder"])
         self._definition = json.dumps(definition, sort_keys=True)
         definition["added_tokens"] = []
         definition["post_processor"] = None
@@ -73,6 +79,13 @@ class TextTokenizer:
         """Text of ids; spaces are kept as the tokens spell them."""
         text: Any = self.hf.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         return str(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token spells; several may spell one character together."""
+        piece = str(self.hf.convert_ids_to_tokens(token))
+        if fallback := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(fallback[1])
+        return bytes(_BYTES[letter] for letter in piece) if self._of_bytes else piece.encode()
 
     @property
     def digest(self) -> str:

@@ -70,6 +70,17 @@ def test_ask_prints_an_answer_with_its_sources_and_what_it_cost(index: Path) -> 
     assert "0 slots" in as_text.stderr
 
 
+def test_ask_quotes_the_texts_that_it_did_not_read(index: Path) -> None:
+    asked = CORPUS[1].questions[0]
+    result = as_json(ctxcomp("ask", index, asked.question, "--quote", "--json"))
+    texts = [source["text"] for source in result["sources"]]
+    assert result["answer"] == "not stated" or any(result["answer"] in text for text in texts)
+    assert result["usage"]["slots"] > 0
+    refused = ctxcomp("ask", index, asked.question, "--quote", "--mode", "none")
+    assert refused.returncode == 2
+    assert "there is nothing to quote from" in refused.stderr
+
+
 def test_kv_spans_of_a_budget_and_a_cache_that_holds_less_than_the_prompt(folder: Path, tmp_path: Path) -> None:
     made = ["precompress", folder, "--out", tmp_path / "kb", "--compressor", "infinipot", "--budget", "16slots",
             "--chunk-tokens", "64", "--json"]
@@ -242,7 +253,8 @@ def test_help_comes_without_loading_a_model(command: str) -> None:
 
 def test_the_demo_prints_every_system() -> None:
     result = as_json(ctxcomp("demo", "--documents", "8", "--json"))
-    assert list(result["exact_match"]) == ["full_text", "4x", "8x", "16x", "truncated_4x", "no_context"]
+    assert list(result["exact_match"]) == ["full_text", "4x", "8x", "16x", "truncated_4x", "no_context", "4x_quoted",
+                                           "8x_quoted", "16x_quoted"]
     example = result["examples"][0]
     assert example["spans_positions"] < example["text_positions"]
     assert example["spans_cache_bytes"] < example["text_cache_bytes"]

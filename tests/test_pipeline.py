@@ -57,6 +57,17 @@ def test_streamed_pieces_joined_are_the_answer(rag: CompressedRAG) -> None:
     assert "".join(rag.stream(question, settings=SHORT)) == rag.answer(question, settings=SHORT).text
 
 
+def test_an_answer_that_quotes_is_in_a_retrieved_text_and_costs_no_position_more(rag: CompressedRAG) -> None:
+    for document in CORPUS[:6]:
+        question = document.questions[-1].question
+        free, quoted = (rag.answer(question, settings=SHORT, quote=quote) for quote in (False, True))
+        assert quoted.usage == free.usage
+        assert quoted.text == "not stated" or any(quoted.text in s.chunk.text for s in quoted.sources)
+        assert "".join(rag.stream(question, settings=SHORT, quote=True)) == quoted.text
+    with pytest.raises(InputError, match="nothing to quote from: no chunk was retrieved"):
+        rag.answer(question, mode="none", quote=True)
+
+
 def test_prerolled_spans_are_rolled_once_and_take_the_same_positions(rag: CompressedRAG) -> None:
     question = CORPUS[1].questions[0].question
     rolled = CompressedRAG(rag.backbone, rag.memory, rag.encoder, prerolled_bytes=2**24)

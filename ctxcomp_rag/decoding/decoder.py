@@ -71,16 +71,24 @@ class FrozenDecoder:
         """
         return self._run([self.request(parts, settings, question=question)])[0]
 
-    def batch(self, prompts: Sequence[Sequence[Part]], settings: GenerationSettings | None = None) -> list[Generation]:
+    def batch(self, prompts: Sequence[Sequence[Part]],
+              settings: GenerationSettings | Sequence[GenerationSettings] | None = None) -> list[Generation]:
         """One answer for each prompt, in order, computed in one left-padded batch; equal to one at a time.
 
         Prompts beyond a cache budget keep a cache of their own, and step beside the batch.
+
+        Args:
+            settings: of all prompts, or one for each.
         """
         if isinstance(prompts, str):
             raise InputError("expected a list of prompts, got one string; use generate for a single prompt")
         if not prompts:
             return []
-        return self._run([self.request(parts, settings) for parts in prompts])
+        own = settings if isinstance(settings, Sequence) else [settings] * len(prompts)
+        if len(own) != len(prompts):
+            raise InputError(f"expected settings for each of {len(prompts)} prompts, got {len(own)}; pass one for all, "
+                             "or as many")
+        return self._run([self.request(parts, mine) for parts, mine in zip(prompts, own, strict=True)])
 
     def _run(self, requests: Sequence[Request]) -> list[Generation]:
         loop = self.loop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from ctxcomp_rag.decoding.quoting import Quoting, half_a_character, likeliest, narrowed, squeezed
 from ctxcomp_rag.decoding.splice import PromptUsage
 from ctxcomp_rag.errors import InputError, PromptTooLongError
 from ctxcomp_rag.tokenization import TextTokenizer
 
 FinishReason = Literal["stop", "length"]
+_HALF = "\ufffd"  # what tokenizers decode the first bytes of a character to
 _GREEDY_BELOW = 1e-4  # logits divided by less overflow; the sample is the greedy token anyway
 
 
@@ -28,6 +31,9 @@ class GenerationSettings:
         top_p: sample from the smallest set of tokens whose probability reaches this (temperature > 0 only).
         stop: the answer ends before the first of these strings.
         seed: of the sampling; the same prompt, settings and seed give the same answer, alone or in a batch.
+        quote_from: texts; where there are any, the answer is a run of words of one of them (see
+            `ctxcomp_rag.decoding.quoting`). They are not read by the decoder and take no position.
+        refusals: what an answer that quotes may say instead [default: what the embedded decoder says that finds none].
     """
 
     max_new_tokens: int = 64
@@ -35,11 +41,13 @@ class GenerationSettings:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    quote_from: tuple[str, ...] = field(default=(), repr=False)
+    refusals: tuple[str, ...] = ("not stated",)
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):  # a string is a sequence of strings: it would stop at every letter
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("stop", "quote_from", "refusals"):
+            given = getattr(self, name)  # a string is a sequence of strings: it would stop at every letter
+            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         object.__setattr__(self, "seed", self.seed % 2**63)
         if self.max_new_tokens < 1:
             raise InputError(f"expected max_new_tokens of at least 1, got {self.max_new_tokens}")
@@ -47,6 +55,9 @@ class GenerationSettings:
             raise InputError(f"expected temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}")
         if any(not s for s in self.stop):
             raise InputError("a stop string must not be empty")
+        if self.quote_from and not any(text.strip() for text in self.quote_from):
+            raise InputError("expected texts to quote from, got only white space; leave quote_from empty for an answer "
+                             "in the decoder's own words")
 
 
 @dataclass(frozen=True)
@@ -101,8 +112,11 @@ class Sampler:
             if settings.top_p < 1:
                 self.warpers.append(TopPLogitsWarper(settings.top_p))
 
-    def pick(self, logits: Tensor) -> int:
-        """Token id from logits (vocab_size,).
+    def pick(self, logits: Tensor, allowed: Callable[[int], bool] | None = None) -> int | None:
+        """Token id from logits (vocab_size,); None where no token is allowed.
+
+        Args:
+            allowed: of the tokens, those that may come next [default: all].
 
         Raises:
             InputError: the logits are not numbers; argmax would answer nonsense, and sampling would end the process
@@ -115,7 +129,12 @@ class Sampler:
                              f"finite or overflow in {str(logits.dtype).removeprefix('torch.')}. Check the index with "
                              "verify, or load the decoder in float32")
         if self.greedy:
-            return int(best.indices)
+            return int(best.indices) if allowed is None else likeliest(logits, allowed)
+        if allowed is not None:
+            left = narrowed(logits, allowed)
+            if left is None:
+                return None
+            logits = left
         seen: Any = torch.empty(1, 0, dtype=torch.long, device=logits.device)
         unscaled: Any = logits[None].float()
         scores = self.warpers(seen, unscaled)
@@ -133,6 +152,35 @@ class Progress:
     text: str = ""
     finish_reason: FinishReason | None = None
     num_generated: int = 0
+
+    def __post_init__(self) -> None:
+        self.quoting = Quoting(self.settings.quote_from, self.settings.refusals) if self.settings.quote_from else None
+
+    def allows(self, token: int) -> bool:
+        """Whether an answer that quotes may go on with this token."""
+        assert self.quoting is not None
+        if token in self.end_ids:
+            return not self.text.strip() or self.quoting.may_end(self.text)
+        if token in self.tokenizer.control_ids:
+            return False
+        text = self.tokenizer.decode([*self.token_ids, token])
+        whole = text.rstrip(_HALF)
+        if whole != text:
+            half = half_a_character(b"".join(map(self.tokenizer.token_bytes, [*self.token_ids, token])))
+            return half != b"" and self.quoting.may_begin(whole, half)
+        adds = squeezed(text) != squeezed(self.text) or not self.token_ids  # spaces without end are no quotation
+        return adds and self.quoting.may_begin(text)
+
+    def take(self, logits: Tensor, sampler: Sampler) -> int | None:
+        """Pick the next token and take it in; None, and the answer is over, where it cannot go on quoting."""
+        token = sampler.pick(logits, self.allows if self.quoting else None)
+        if token is None:
+            self.finish_reason = "stop"
+        else:
+            self.accept(token)
+        if self.quoting and self.finish_reason:
+            self.text = self.text.rstrip(_HALF)
+        return token
 
     def accept(self, token: int) -> None:
         """Take one more token in; sets `finish_reason` when the answer is over."""
@@ -154,6 +202,6 @@ class Progress:
         """The text that no later token can change: without half a character or a half-spelled stop string."""
         if self.finish_reason:
             return self.text
-        text = self.text.rstrip("\ufffd")
+        text = self.text.rstrip(_HALF)
         held = max((n for s in self.settings.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
         return text[: len(text) - held]

@@ -67,15 +67,14 @@ def generate_drafted(decoder: FrozenDecoder, parts: Sequence[Part], sources: Ite
     state = prefill([request.prompt], backbone, decoder.prefixes)
     drafting = keeps_all(state.cache)  # a layer that forgets cannot take a draft back
     passes = drafted = accepted = 0
-    progress.accept(request.sampler.pick(state.logits[0]))
+    progress.take(state.logits[0], request.sampler)
     while progress.finish_reason is None:
         room = min(draft_tokens, progress.settings.max_new_tokens - progress.num_generated - 1) if drafting else 0
         draft = find_draft([*texts, progress.token_ids], progress.token_ids, room)
         logits = extend(state, [progress.token_ids[-1], *draft], backbone)
         passes, drafted, kept = passes + 1, drafted + len(draft), 0
         for row, guess in zip(logits, [*draft, None], strict=True):
-            token = request.sampler.pick(row)
-            progress.accept(token)
+            token = progress.take(row, request.sampler)
             if progress.finish_reason is not None or token != guess:
                 break
             kept += 1

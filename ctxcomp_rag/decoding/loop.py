@@ -117,7 +117,7 @@ class DecodingLoop:
     @staticmethod
     def _pick(request: Request, logits: Tensor) -> None:
         try:
-            request.progress.accept(request.sampler.pick(logits))
+            request.progress.take(logits, request.sampler)
         except Exception as error:  # logits that are not numbers, say: the other rows' are
             request.error = error
 

@@ -32,7 +32,8 @@ class Row:
     Attributes:
         factor: of the system's spans or of what it imitates; None where it has none.
         scores: by measure, per cent (perplexity as it is), with their 95 % bootstrap intervals over the questions.
-        of_full_text: share of the full text's last measure that is kept, per cent; None where that is 0.
+        of_full_text: share of the full text's last measure that is kept, per cent, of a system that quotes that of the
+            full text quoted; None where that is 0.
         cache_bytes: keys and values of the mean prompt.
         first_token_ms, total_ms: median time from prompt parts to the first token, and to the end of the answer, over
             a sample, one question at a time.
@@ -152,7 +153,8 @@ class _Asking:
         sample = [self.posed[i] for i in sorted(self.fitting)[:timed]] if self.data.ask == "question" else []
         prompts = [comparison.prompt(system, q) for q in sample]
         first = [time_to_first_token(comparison.decoder, {"": p}, repeats=3)[""] for p in prompts]
-        total = [time_to_answer(comparison.decoder, {"": p}, comparison.settings, repeats=1)[""] for p in prompts]
+        total = [time_to_answer(comparison.decoder, {"": p}, comparison.settings_of(system, q), repeats=1)[""]
+                 for p, q in zip(prompts, sample, strict=True)]
         chunks = list({c.id: c for q in self.posed for c in q.chunks}.values())
         stored = comparison.index_bytes(system, chunks) if chunks else None
         work = comparison.work.pop(system.name, None)

@@ -64,6 +64,7 @@ class System:
         codec: how the spans are stored before they are read.
         extractor: (text, factor) -> shorter text.
         blend: fraction of the slots of pre-rolled spans that is computed anew.
+        quote: its answers are held to the words of the chunks, whatever it reads in their place.
     """
 
     name: str
@@ -73,6 +74,7 @@ class System:
     codec: str = "exact"
     extractor: Callable[[str, float], str] | None = field(default=None, compare=False)
     blend: float = 0.0
+    quote: bool = False
 
 
 @dataclass
@@ -91,7 +93,8 @@ def default_systems(factors: Sequence[float] = (4, 8, 16)) -> list[System]:
 
 
 def further_systems(compressors: Mapping[str, Compressor], factors: Sequence[float], *, codecs: Sequence[str] = (),
-                    mixed: bool = False, extractor: Callable[[str, float], str] | None = None) -> list[System]:
+                    mixed: bool = False, extractor: Callable[[str, float], str] | None = None,
+                    quote: bool = False) -> list[System]:
     """Systems beside the default ones.
 
     Args:
@@ -99,6 +102,7 @@ def further_systems(compressors: Mapping[str, Compressor], factors: Sequence[flo
         codecs: of the default spans at the first factor.
         mixed: the best chunk as text and the others as spans, at the first factor.
         extractor: gives the texts at every factor.
+        quote: the default ones that read chunks, once more, their answers held to the chunks' words.
 
     Raises:
         InputError: there is no such codec, or it learns from an index.
@@ -112,7 +116,13 @@ def further_systems(compressors: Mapping[str, Compressor], factors: Sequence[flo
               for f in possible_factors(made, factors)),
             *(System(f"{first:g}x_{codec}", "spans", first, codec=codec) for codec in codecs),
             *([System(f"mixed_{first:g}x", "mixed", first)] if mixed else []),
-            *(System(f"extractive_{f:g}x", "extractive", f, extractor=extractor) for f in factors if extractor)]
+            *(System(f"extractive_{f:g}x", "extractive", f, extractor=extractor) for f in factors if extractor),
+            *(quoted_systems(default_systems(factors)) if quote else [])]
+
+
+def quoted_systems(systems: Sequence[System]) -> list[System]:
+    """The systems that read chunks, their answers held to the chunks' words."""
+    return [replace(s, name=f"{s.name}_quoted", quote=True) for s in systems if s.kind != "none"]
 
 
 PREROLLED = (System("4x_prerolled", "prerolled", 4.0), *(
@@ -238,14 +248,21 @@ class Comparison:
         for begin in range(0, len(order), _BATCH):
             batch = order[begin : begin + _BATCH]
             repeated = [c.num_tokens for i in batch for c in questions[i].chunks if questions[i].ask == "repeat"]
-            settings = self.settings
+            settings = None
             if repeated:
-                settings = replace(settings, max_new_tokens=max(repeated) + RUN_OVER_TOKENS)
-            made = self.decoder.batch([self.prompt(system, questions[i]) for i in batch], settings)
+                settings = replace(self.settings, max_new_tokens=max(repeated) + RUN_OVER_TOKENS)
+            made = self.decoder.batch([self.prompt(system, questions[i]) for i in batch],
+                                      [self.settings_of(system, questions[i], settings) for i in batch])
             answers.update(zip(batch, made, strict=True))
             if progress:
                 progress(len(batch))
         return [answers[i] for i in range(len(questions))]
+
+    def settings_of(self, system: System, question: Question,
+                    settings: GenerationSettings | None = None) -> GenerationSettings:
+        """How a system answers a question: the settings [default: the comparison's], quoting if it quotes."""
+        quoted = tuple(c.text for c in question.chunks) if system.quote else ()
+        return replace(settings or self.settings, quote_from=quoted)
 
     def loss(self, system: System, question: Question) -> tuple[float, int]:
         """(nats of the first answer after the prompt, its tokens)."""

@@ -89,7 +89,13 @@ def sampling(settings: GenerationSettings, end_ids: Collection[int], room: int) 
 
     Args:
         room: positions that the decoder's window leaves for the answer.
+
+    Raises:
+        UnsupportedModelError: the answer is to quote.
     """
+    if settings.quote_from:
+        raise UnsupportedModelError("vLLM does not hold answers to what their sources say; leave quote_from out, or "
+                                    "use our own decoder")
     return {"max_tokens": min(settings.max_new_tokens, room), "temperature": settings.temperature,
             "top_p": settings.top_p, "seed": settings.seed, "stop": list(settings.stop),
             "stop_token_ids": sorted(end_ids), "ignore_eos": True}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from data import BOS, EOS, MAX_CHUNK
-from model import PROJECTIONS, Model, Shape
+from model import PROJECTIONS, Model, Shape, owner
 from safetensors.torch import load_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -45,11 +45,6 @@ def build_decoder(model: Model, shape: Shape, ids: dict[str, int]) -> LlamaForCa
     decoder.generation_config = GenerationConfig(bos_token_id=ids["bos"], eos_token_id=ids["eos"],
                                                  pad_token_id=ids["pad"])
     return decoder
-
-
-def owner(projection: str) -> str:
-    """The module of a Llama layer that a projection belongs to."""
-    return "self_attn" if projection in PROJECTIONS[:4] else "mlp"
 
 
 def main() -> None:

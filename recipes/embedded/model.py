@@ -43,6 +43,11 @@ Edit = Callable[[Tensor], Tensor]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+def owner(projection: str) -> str:
+    """The module of a Llama layer that a projection belongs to."""
+    return "self_attn" if projection in PROJECTIONS[:4] else "mlp"
+
+
 class Block(nn.Module):
     """One decoder layer: weights are kept apart (one optimizer matrix each) and fused on the fly."""
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from model import Model, Shape
 from objective import KINDS, forward
 from parallel import share, spread, start, sum_gradients
 from positional import set_positional_heads
+from released import load_released
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from schedule import Schedule
@@ -118,33 +120,42 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="rows per step, relative to the default")
     parser.add_argument("--english", type=float, default=1.0, help="share of steps with each of the English rows")
     parser.add_argument("--wiki-files", type=int, default=1)
+    parser.add_argument("--begin", type=Path, help="go on from released weights: a folder with decoder/ and icae/")
     parser.add_argument("--memory", choices=tuple(MEMORIES), default="slots", help="what spans are: see kept.py")
     for name, value in asdict(Schedule()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+        if name != "begun":
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     parser.add_argument("--evaluate-every", type=int, default=250)
     parser.add_argument("--save-every", type=int, default=50)
     args = parser.parse_args()
     rank, world = start()
+    args.begun = args.begin is not None
     schedule = Schedule(**{name: getattr(args, name) for name in asdict(Schedule())})
     args.out.mkdir(parents=True, exist_ok=True)
     shape = Shape()
     tokenizer_path = args.out / "tokenizer.json"
-    if not tokenizer_path.exists():
+    if args.begin and not rank:
+        shutil.copy(args.begin / "decoder" / "tokenizer.json", tokenizer_path)
+    elif not args.begin and not tokenizer_path.exists():
         train_tokenizer(args.data, shape.vocab_size).save(str(tokenizer_path))
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    tokenizer = Tokenizer.from_file(str(args.begin / "decoder" / "tokenizer.json" if args.begin else tokenizer_path))
     corpus = Corpus(tokenizer, args.data, args.wiki_files)
     held_out = Corpus(tokenizer, args.data, 0, squad="dev")
     torch.manual_seed(args.seed)
     kind, encode = MEMORIES[args.memory]
     model = kind(shape)
     checkpoint = args.out / "checkpoint.safetensors"
-    if not checkpoint.exists():
+    if args.begin and not checkpoint.exists():
+        load_released(model, args.begin)
+        if not rank:
+            save(model, [], args.out / "joint-0.safetensors", {"stage": "joint", "step": 0})
+    elif not checkpoint.exists():
         model.embed.data.copy_(embeddings_from_counts(corpus.texts(random.Random(args.seed)), shape.vocab_size,
                                                       shape.hidden_size, EMBEDDING_NORM))
         set_positional_heads(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{sum(p.numel() for p in model.compressor_parameters()):,} of them in the compressor", flush=True)
-    start_stage, start_step = STAGES[0], 0
+    start_stage, start_step = STAGES[args.begun], 0
     optimizers = None
     if checkpoint.exists():
         with safe_open(checkpoint, "pt") as file:
@@ -168,7 +179,7 @@ def main() -> None:
                 optimizer.param_groups[0]["lr"] = rate * scale
             mine = share(rows, [cost(r) for r in rows], rank, world)
             out = forward(model, mine, corpus.separator, schedule.naming(stage, step), TAUGHT[stage],
-                          stage != "compressor", encode)
+                          stage != "compressor" and not args.begun, encode)
             out.loss.backward()
             sum_gradients(model.parameters())
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
@@ -184,7 +195,8 @@ def main() -> None:
                 began, recent = time.time(), []
             done = step + 1 == steps
             if stage == "joint" and step + 1 in schedule.ends():
-                ends = [args.out / f"joint-{end}.safetensors" for end in schedule.ends() if end <= step + 1]
+                ends = [args.out / f"joint-{end}.safetensors" for end in [0] * args.begun + schedule.ends()
+                        if end <= step + 1]
                 if not rank:
                     save(model, [], ends[-1], {"stage": stage, "step": step + 1})
                 if done:

@@ -8,9 +8,17 @@ import torch
 from ctxcomp_rag.chunking import Chunk, Document, split_document
 from ctxcomp_rag.compressors.icae import ICAECompressor, ICAEConfig
 from ctxcomp_rag.decoding import FrozenDecoder, GenerationSettings
+from ctxcomp_rag.decoding.quoting import Quoting
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.home_ground import chunk_with
-from ctxcomp_rag.evaluation.systems import PREROLLED, Comparison, Question, default_systems, further_systems
+from ctxcomp_rag.evaluation.systems import (
+    PREROLLED,
+    Comparison,
+    Question,
+    default_systems,
+    further_systems,
+    quoted_systems,
+)
 from ctxcomp_rag.evaluation.timing import cache_bytes, time_to_first_token
 from tests.tiny_models import tiny_backbone
 
@@ -60,6 +68,20 @@ def test_answers_come_in_the_questions_order_and_equal_single_ones(comparison: C
     for system in [*default_systems(), *PREROLLED]:
         together = comparison.ask(system, QUESTIONS)
         assert together == [comparison.ask(system, [q])[0] for q in QUESTIONS]
+
+
+def test_a_system_that_quotes_reads_the_same_and_says_words_of_its_chunks(comparison: Comparison) -> None:
+    quoted = quoted_systems(default_systems())
+    assert [s.name for s in quoted] == ["full_text_quoted", "4x_quoted", "8x_quoted", "16x_quoted",
+                                        "truncated_4x_quoted"]
+    assert further_systems({}, [4, 8, 16], quote=True) == quoted
+    for free, system in zip(default_systems(), quoted, strict=False):
+        answers = comparison.ask(system, QUESTIONS)
+        assert [a.usage for a in answers] == [a.usage for a in comparison.ask(free, QUESTIONS)]
+        assert answers == [comparison.ask(system, [q])[0] for q in QUESTIONS]
+        for answer, question in zip(answers, QUESTIONS, strict=True):
+            quoting = Quoting([c.text for c in question.chunks], ["not stated"])
+            assert quoting.may_begin(answer.text)
 
 
 def test_the_right_chunk_is_the_one_that_states_the_answer() -> None:

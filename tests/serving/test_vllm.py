@@ -116,6 +116,8 @@ def test_settings_in_vllms_names() -> None:
     assert sampling(settings, {5, 2}, room=20) == {
         "max_tokens": 20, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["x"], "stop_token_ids": [2, 5],
         "ignore_eos": True}
+    with pytest.raises(UnsupportedModelError, match="vLLM does not hold answers to what their sources say"):
+        sampling(GenerationSettings(quote_from=("a text",)), {5}, room=20)
 
 
 # -- our server in front of one
