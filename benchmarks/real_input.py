@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.evaluation.metrics import exact_match, mean, token_f1
 from ctxcomp_rag.evaluation.provenance import write_result
-from ctxcomp_rag.evaluation.systems import PREROLLED, Comparison, Question, System, default_systems, quoted_systems
+from ctxcomp_rag.evaluation.systems import PREROLLED, Comparison, Question, System, default_systems
 from ctxcomp_rag.evaluation.timing import time_to_first_token
 from ctxcomp_rag.pipeline import CompressedRAG
 
@@ -82,7 +82,7 @@ def main() -> None:
         comparison = Comparison(rag.compressor, rag.decoder)
         rows = []
         for name, posed in settings.items():
-            for system in [*default_systems(), PREROLLED[0], *quoted_systems(default_systems())]:
+            for system in [*default_systems(), PREROLLED[0]]:
                 if name == "retrieved" and system.kind == "none":
                     continue
                 rows.append({"setting": name, **measure(rag, comparison, system, posed, args.timed)})

@@ -10,7 +10,7 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NoReturn, Self
 
@@ -78,12 +78,14 @@ class ChatPrompt:
     Attributes:
         rejected: how many references are shown as text, by reason.
         prerolled_now: slots that are keys and values since this prompt only, and not from storage.
+        sources: the texts behind the references, spliced or shown.
     """
 
     parts: tuple[Part, ...]
     chunk_ids: tuple[str, ...]
     rejected: Counter[str] = field(default_factory=Counter)
     prerolled_now: int = 0
+    sources: tuple[str, ...] = ()
 
     def cache_read(self, usage: PromptUsage) -> int:
         """Positions of the prompt whose keys and values were stored before: those that cost no layer."""
@@ -165,7 +167,8 @@ class SpanChat:
         if not messages:
             raise InputError("expected at least one message with content, got none")
         parts = render_chat(self.backbone.tokenizer, messages)
-        return ChatPrompt(tuple(parts), tuple(resolver.chunk_ids), resolver.rejected, resolver.prerolled_now)
+        return ChatPrompt(tuple(parts), tuple(resolver.chunk_ids), resolver.rejected, resolver.prerolled_now,
+                          tuple(resolver.sources))
 
     def with_references(self, text: str) -> tuple[Content, ...]:
         """Text in which a framework's chain has put references, as content.
@@ -177,8 +180,21 @@ class SpanChat:
         return tuple(SpanReference(p) if i % 2 else SpanReference(p, p, cut=True) if has_cut_reference(p) else p
                      for i, p in enumerate(pieces) if p)
 
-    def submit(self, prompt: ChatPrompt, settings: GenerationSettings | None = None) -> Ticket:
-        """Queue a prompt for the shared decoder; see `RequestScheduler.submit`."""
+    def submit(self, prompt: ChatPrompt, settings: GenerationSettings | None = None, *, quote: bool = False) -> Ticket:
+        """Queue a prompt for the shared decoder; see `RequestScheduler.submit`.
+
+        Args:
+            quote: the answer is a run of words of the prompt's sources, or a refusal (see `GenerationSettings`). What
+                refers to no span, a chain's call that condenses a question say, is answered freely.
+
+        Raises:
+            SpanReferenceError: the answer is to quote and all of the prompt's references were refused.
+        """
+        if quote and prompt.rejected and not prompt.sources:
+            raise SpanReferenceError("unquotable", "every reference to a span in this prompt was refused, and there is "
+                                     "nothing to quote from; mint the references again, or leave quote out")
+        if quote and prompt.sources:
+            settings = replace(settings or GenerationSettings(), quote_from=prompt.sources)
         return self.scheduler.submit(prompt.parts, settings)
 
     def count(self, prompt: ChatPrompt) -> int:
@@ -207,6 +223,7 @@ class _Resolver:
         self.chat, self.scope, self.on_error = chat, scope, on_error
         self.chunk_ids: list[str] = []
         self.rejected: Counter[str] = Counter()
+        self.sources: list[str] = []
         self.prerolled_now = 0
         self._refreshed = chat.index.is_writer  # then nobody else commits
 
@@ -235,6 +252,7 @@ class _Resolver:
 
     def _as_text(self, content: SpanReference, reason: str) -> list[Part]:
         self.rejected[reason] += 1
+        self.sources += [content.text] if content.text and content.text.strip() and not content.cut else []
         return self.read(str(content.reference) if content.text is None else content.text)
 
     def _parts(self, span: MemorySpan) -> list[Part]:
@@ -255,6 +273,7 @@ class _Resolver:
         except InputError:  # asked for and not looked up before: it may be deleted at any moment
             raise self.chat.references.refused("deleted", "the chunk behind a reference was deleted from the index"
                                                ) from None
+        self.sources.append(found.chunk.text)
         return self.chat.compressor.read(found.span, found.chunk) if self.chat.compressor else found.span
 
 

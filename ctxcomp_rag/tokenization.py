@@ -85,7 +85,7 @@ class TextTokenizer:
         piece = str(self.hf.convert_ids_to_tokens(token))
         if fallback := re.fullmatch("<0x([0-9A-F]{2})>", piece):
             return bytes.fromhex(fallback[1])
-        return bytes(_BYTES[letter] for letter in piece) if self._of_bytes else piece.encode()
+        return bytes(_BYTES[c] for c in piece) if self._of_bytes else piece.replace("\u2581", " ").encode()
 
     @property
     def digest(self) -> str:

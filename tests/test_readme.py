@@ -70,13 +70,14 @@ def test_the_home_ground_table_is_the_one_on_file() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "home_ground.json").read_text(encoding="utf-8"))
     systems = {"full text": "full_text", "spans 4x": "4x", "spans 8x": "8x", "spans 16x": "16x",
                "text cut to 4x": "truncated_4x", "no context": "no_context", "4x, pre-rolled": "4x_prerolled"}
-    for key, label in (("exact_match", "the right chunk"), ("exact_match_retrieved", "3 retrieved chunks")):
-        head, _, *rows = (line for line in README.partition("| exact match, % |")[2].splitlines()[:4])
-        assert [cell.strip() for cell in head.strip("|").split("|")] == list(systems)
-        row = next(line for line in rows if line.startswith(f"| {label}"))
-        shown = [cell.strip() for cell in row.strip("|").split("|")][1:]
-        on_file = [f"{result[key][s]:.1f}" if s in result[key] else "-" for s in systems.values()]
-        assert shown == on_file
+    head, _, *rows = (line for line in README.partition("| exact match, % |")[2].splitlines()[:6])
+    assert [cell.strip() for cell in head.strip("|").split("|")] == list(systems)
+    wanted = [("the right chunk", "exact_match", ""), ("3 retrieved chunks", "exact_match_retrieved", ""),
+              ("the right chunk, quoting", "exact_match", "_quoted"),
+              ("3 retrieved chunks, quoting", "exact_match_retrieved", "_quoted")]
+    for row, (label, key, suffix) in zip(rows, wanted, strict=True):
+        on_file = [f"{result[key][s + suffix]:.1f}" if s + suffix in result[key] else "-" for s in systems.values()]
+        assert [cell.strip() for cell in row.strip("|").split("|")] == [label, *on_file]
 
 
 def test_the_table_of_real_english_is_the_one_on_file() -> None:

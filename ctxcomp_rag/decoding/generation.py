@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from ctxcomp_rag.decoding.quoting import Quoting, half_a_character, likeliest, narrowed, squeezed
+from ctxcomp_rag.decoding.quoting import Quoting, likeliest, narrowed, squeezed, whole_characters
 from ctxcomp_rag.decoding.splice import PromptUsage
 from ctxcomp_rag.errors import InputError, PromptTooLongError
 from ctxcomp_rag.tokenization import TextTokenizer
@@ -32,7 +33,8 @@ class GenerationSettings:
         stop: the answer ends before the first of these strings.
         seed: of the sampling; the same prompt, settings and seed give the same answer, alone or in a batch.
         quote_from: texts; where there are any, the answer is a run of words of one of them (see
-            `ctxcomp_rag.decoding.quoting`). They are not read by the decoder and take no position.
+            `ctxcomp_rag.decoding.quoting`), or empty if the decoder ends it at once. They are not read by the decoder
+            and take no position.
         refusals: what an answer that quotes may say instead [default: what the embedded decoder says that finds none].
     """
 
@@ -55,6 +57,10 @@ class GenerationSettings:
             raise InputError(f"expected temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}")
         if any(not s for s in self.stop):
             raise InputError("a stop string must not be empty")
+        for text in (*self.quote_from, *self.refusals):
+            if lone := re.search("[\ud800-\udfff]", text):
+                raise InputError(f"a text to quote from is not valid Unicode: character {lone.start()} is the lone "
+                                 f"surrogate {lone[0]!a}; repair it where it was decoded")
         if self.quote_from and not any(text.strip() for text in self.quote_from):
             raise InputError("expected texts to quote from, got only white space; leave quote_from empty for an answer "
                              "in the decoder's own words")
@@ -129,7 +135,8 @@ class Sampler:
                              f"finite or overflow in {str(logits.dtype).removeprefix('torch.')}. Check the index with "
                              "verify, or load the decoder in float32")
         if self.greedy:
-            return int(best.indices) if allowed is None else likeliest(logits, allowed)
+            token = int(best.indices)
+            return token if allowed is None or allowed(token) else likeliest(logits, allowed)
         if allowed is not None:
             left = narrowed(logits, allowed)
             if left is None:
@@ -163,23 +170,32 @@ class Progress:
             return not self.text.strip() or self.quoting.may_end(self.text)
         if token in self.tokenizer.control_ids:
             return False
-        text = self.tokenizer.decode([*self.token_ids, token])
-        whole = text.rstrip(_HALF)
-        if whole != text:
-            half = half_a_character(b"".join(map(self.tokenizer.token_bytes, [*self.token_ids, token])))
-            return half != b"" and self.quoting.may_begin(whole, half)
-        adds = squeezed(text) != squeezed(self.text) or not self.token_ids  # spaces without end are no quotation
-        return adds and self.quoting.may_begin(text)
+        text, half = self._spelt([*self.token_ids, token])
+        if text is None:
+            return False
+        adds = half or squeezed(text) != squeezed(self.text) or not self.token_ids  # no spaces without end
+        return bool(adds) and self.quoting.may_begin(text, half)
+
+    def _spelt(self, ids: list[int]) -> tuple[str | None, bytes]:
+        """The whole characters that tokens spell, and the first bytes of one more; None where they spell nonsense."""
+        text = self.tokenizer.decode(ids)
+        if not text.endswith(_HALF):
+            return text, b""
+        # a tokenizer with byte fallback decodes a run of bytes to nothing else until its last character is whole
+        found = whole_characters(b"".join(map(self.tokenizer.token_bytes, ids)))
+        if found is None:
+            return None, b""
+        whole, half = found
+        return whole if text.startswith(" ") else whole.removeprefix(" "), half  # some decode without the first space
 
     def take(self, logits: Tensor, sampler: Sampler) -> int | None:
         """Pick the next token and take it in; None, and the answer is over, where it cannot go on quoting."""
-        token = sampler.pick(logits, self.allows if self.quoting else None)
+        token = sampler.pick(logits) if self.quoting is None else sampler.pick(logits, self.allows)
         if token is None:
             self.finish_reason = "stop"
+            self.text = self.quoting.whole(self.text) if self.quoting else self.text
         else:
             self.accept(token)
-        if self.quoting and self.finish_reason:
-            self.text = self.text.rstrip(_HALF)
         return token
 
     def accept(self, token: int) -> None:
@@ -189,19 +205,23 @@ class Progress:
             self.finish_reason = "stop"
             return
         self.token_ids.append(token)
-        self.text = self.tokenizer.decode(self.token_ids)
+        self.text = self._spelt(self.token_ids)[0] or "" if self.quoting else self.tokenizer.decode(self.token_ids)
         found = [at for s in self.settings.stop if (at := self.text.find(s)) >= 0]
         if found:
             self.text = self.text[: min(found)]
             self.finish_reason = "stop"
         elif self.num_generated >= self.settings.max_new_tokens:
             self.finish_reason = "length"
+        if self.quoting and self.finish_reason:  # it did not end by itself
+            self.text = self.quoting.whole(self.text)
 
     @property
     def settled(self) -> str:
-        """The text that no later token can change: without half a character or a half-spelled stop string."""
+        """The text that no later token can change: without half a character, a half-spelled stop string, or where the
+        answer quotes half a word."""
         if self.finish_reason:
             return self.text
         text = self.text.rstrip(_HALF)
         held = max((n for s in self.settings.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        return text[: len(text) - held]
+        text = text[: len(text) - held]
+        return self.quoting.whole(text) if self.quoting else text

@@ -12,19 +12,21 @@ import codecs
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 _BLOCK = 64  # tokens looked at together, the likeliest first
-_IN_A_NUMBER = re.compile(r"\d[.,]\d")
+_IN_A_NUMBER = re.compile(r"\d[.,:/'\u2019]\d")
+_SIGNS = "-+\u2212"
 
 
 class Quoting:
     """What an answer may say: words of one of the sources, as they stand there; or one of the refusals.
 
     White space counts as one space. An answer begins and ends where a word does (in scripts without capital letters,
-    where some set no words apart, anywhere), and cuts no number.
+    where some set no words apart, anywhere), and takes no number apart (unless its groups are set apart by spaces).
     """
 
     def __init__(self, sources: Sequence[str], refusals: Sequence[str] = ()) -> None:
@@ -34,15 +36,21 @@ class Quoting:
     def may_begin(self, said: str, half: bytes = b"") -> bool:
         """Whether an answer may begin with this, and go on with a character that begins with these bytes."""
         words = squeezed(said).lstrip()
+        refused = ((refusal, len(words)) for refusal in self.refusals if refusal.startswith(words))
+        ends = chain(refused, self._ends(words))
         if half:
-            return any(source[end : end + 1].encode().startswith(half) for source, end in self._ends(words))
-        return not words or any(r.startswith(words) for r in self.refusals) or any(True for _ in self._ends(words))
+            return any(text[end : end + 1].encode().startswith(half) for text, end in ends)
+        return not words or any(True for _ in ends)
 
     def may_end(self, said: str) -> bool:
         """Whether this may be a whole answer."""
         words = squeezed(said).strip()
         return words in self.refusals or (words != "" and any(not cuts(source, end)
                                                               for source, end in self._ends(words)))
+
+    def whole(self, said: str) -> str:
+        """The longest beginning that may be a whole answer; nothing where none may."""
+        return next((said[:end] for end in range(len(said), 0, -1) if self.may_end(said[:end])), "")
 
     def _ends(self, words: str) -> Iterator[tuple[str, int]]:
         """Where the words stand: a source, and the place behind them."""
@@ -64,22 +72,23 @@ def cuts(text: str, place: int) -> bool:
     if not 0 < place < len(text):
         return False
     before, behind = text[place - 1], text[place]
-    if unicodedata.category(behind).startswith("M"):
+    kinds = unicodedata.category(before), unicodedata.category(behind)
+    if kinds[1].startswith("M") or "Cf" in kinds:
+        return True
+    if before in _SIGNS and behind.isdigit() and not text[: place - 1][-1:].isalnum():
         return True
     if any(_IN_A_NUMBER.fullmatch(text, begin, begin + 3) for begin in (place - 1, place - 2) if begin >= 0):
         return True
-    return before.isalnum() and behind.isalnum() and "Lo" not in (unicodedata.category(before),
-                                                                  unicodedata.category(behind))
+    return before.isalnum() and behind.isalnum() and "Lo" not in kinds
 
 
-def half_a_character(spelt: bytes) -> bytes:
-    """The first bytes of a character at the end; none where the last one is whole, or something is not UTF-8."""
+def whole_characters(spelt: bytes) -> tuple[str, bytes] | None:
+    """The characters that UTF-8 bytes spell and the first bytes of one more; None where they are something else."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        decoder.decode(spelt)
+        return decoder.decode(spelt), decoder.getstate()[0]
     except UnicodeDecodeError:
-        return b""
-    return decoder.getstate()[0]
+        return None
 
 
 def likeliest(scores: Tensor, allowed: Callable[[int], bool]) -> int | None:
@@ -92,11 +101,13 @@ def narrowed(scores: Tensor, allowed: Callable[[int], bool]) -> Tensor | None:
 
     Of blocks of tokens, the likeliest first, the first one that has an allowed token decides.
     """
-    kept = next((kept for block in _ranked(scores) if (kept := [token for token in block if allowed(token)])), None)
+    lowest = float("-inf")
+    kept = next((kept for block in _ranked(scores)
+                 if (kept := [token for token in block if scores[token] > lowest and allowed(token)])), None)
     if kept is None:
         return None
     index = torch.tensor(kept, device=scores.device)
-    return torch.full_like(scores, float("-inf")).index_copy(0, index, scores[index])
+    return torch.full_like(scores, lowest).index_copy(0, index, scores[index])
 
 
 def _ranked(scores: Tensor) -> Iterator[list[int]]:
@@ -107,4 +118,4 @@ def _ranked(scores: Tensor) -> Iterator[list[int]]:
         yield every[begin : begin + _BLOCK].tolist()
 
 
-__all__ = ["Quoting", "cuts", "half_a_character", "likeliest", "narrowed", "squeezed"]
+__all__ = ["Quoting", "cuts", "likeliest", "narrowed", "squeezed", "whole_characters"]

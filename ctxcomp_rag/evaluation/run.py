@@ -112,7 +112,7 @@ def run_task(data: TaskData, compressor: Compressor, encoder: RetrievalEncoder, 
         answers = [{**a, **q.about} for a, q in zip(answers, data.asked, strict=True)]
     rows: list[Row] = []
     for setting, posed in given.items():
-        full: float | None = None
+        full: dict[bool, float | None] = {}  # by whether it quotes
         for system in systems:
             if (system.kind == "none" and setting != next(iter(given))) or (
                     data.ask == "repeat" and system.kind != "spans"):
@@ -120,9 +120,9 @@ def run_task(data: TaskData, compressor: Compressor, encoder: RetrievalEncoder, 
             label = f"{setting}/{system.name}"
             asking = _Asking(comparison, system, posed, data, seed,
                              lambda n, name=label: progress(name, n) if progress else None)  # type: ignore[misc]
-            row, said = asking.row(setting, full, timed)
+            row, said = asking.row(setting, full.get(system.quote), timed)
             if system.kind == "text":
-                full = row.scores.get(data.measures[-1])
+                full[system.quote] = row.scores.get(data.measures[-1])
             for answer, text in zip(answers, said, strict=True):
                 answer[label] = text
             rows.append(row)

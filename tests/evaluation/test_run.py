@@ -81,6 +81,21 @@ def test_spans_take_fewer_positions_than_their_text(result: TaskResult) -> None:
     assert rows["16x"].cache_bytes < rows["full_text"].cache_bytes
 
 
+def test_what_a_system_that_quotes_keeps_is_of_the_full_text_quoted() -> None:
+    torch.manual_seed(0)
+    compressor = ICAECompressor(tiny_backbone("llama"), CONFIG)
+    data = replace(DATA, asked=(replace(DATA.asked[0], answers=("the ship", "harbour", "in", "is", "the")),))
+    systems = default_systems([4]) + further_systems({}, [4], quote=True)
+    result = run_task(data, compressor, WordVectors(), settings=["oracle"], systems=systems, timed=1)
+    rows = {r.system: r for r in result.rows}
+    quoted = rows["full_text_quoted"]
+    assert quoted.of_full_text == (100.0 if quoted.scores["f1"] else None)
+    for name in ("4x_quoted", "truncated_4x_quoted"):
+        of = quoted.scores["f1"] and round(100 * rows[name].scores["f1"] / quoted.scores["f1"], 1)
+        assert rows[name].of_full_text == (of or (0.0 if quoted.scores["f1"] else None))
+        assert rows[name].positions == rows[name.removesuffix("_quoted")].positions
+
+
 def test_the_interval_is_that_of_the_resampled_mean() -> None:
     scores = [0.0] * 50 + [100.0] * 50
     low, high = interval(scores, seed=3)

@@ -13,6 +13,9 @@ from types import ModuleType
 import pytest
 import torch
 
+import ctxcomp_rag
+from ctxcomp_rag import Chunk, SoftSpan, load_frozen, load_trained_compressor
+
 RECIPE = Path(__file__).parents[2] / "recipes" / "embedded"
 
 
@@ -433,6 +436,35 @@ def test_the_rate_of_the_joint_stage_falls_several_times(recipe: ModuleType) -> 
         assert rates[(end - begin) // 2 - 1] == first
         assert rates[-1] == pytest.approx(last, abs=2 * first / (end - begin))
         assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_released_weights_go_on_with_falls_of_their_own_and_no_curriculum(recipe: ModuleType) -> None:
+    from schedule import MORE_FALLS, Schedule
+
+    schedule = Schedule(joint=100, warmup=10, begun=True)
+    assert schedule.ends() == [50, 100]
+    for begin, (_, first, _) in zip((0, 50), MORE_FALLS, strict=True):
+        assert schedule.learning_rate("joint", begin) == pytest.approx(first / 10)
+        assert schedule.learning_rate("joint", begin + 20) == first
+    assert (schedule.progress("joint", 0), schedule.naming("joint", 0)) == (1.0, 0.0)
+
+
+def test_training_goes_on_from_the_very_weights_that_the_package_loads(recipe: ModuleType) -> None:
+    from model import Shape
+    from objective import encode_spans
+    from released import load_released
+
+    backbone = load_frozen("embedded")
+    model = recipe.Model(Shape())
+    load_released(model, Path(ctxcomp_rag.__file__).parent / "assets")
+    chunk = Chunk("d", "The Alborz lighthouse was built in 1904 by Ana Ruiz.", 0, 52, 16)
+    ids = backbone.tokenizer.encode(chunk.text)
+    with torch.no_grad():
+        torch.testing.assert_close(decode(model, ids), backbone.model(torch.tensor([ids])).logits[0], atol=1e-3, rtol=0)
+        slots, _ = encode_spans(model, [(ids, 4.0)])
+    span = load_trained_compressor("icae", backbone).compress([chunk], compression_factor=4.0)[0]
+    assert isinstance(span, SoftSpan)
+    torch.testing.assert_close(slots, span.embeds, atol=1e-3, rtol=0)
 
 
 def test_a_control_learns_its_compressor_at_the_rate_of_the_joint_stage(recipe: ModuleType) -> None:

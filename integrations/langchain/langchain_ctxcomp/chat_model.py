@@ -47,6 +47,8 @@ class ChatCtxcomp(BaseChatModel):
         max_tokens, temperature, top_p, stop, seed: as in `GenerationSettings`; calls may override them.
         allow_text_references: look for references in the text of system messages and of the last human message, as
             chains that only know text bring them (`SPAN_DOCUMENT_PROMPT`). Off, only "span" blocks are resolved.
+        quote: an answer from spans is a run of words of their texts, or "not stated"; what has no spans is answered
+            freely.
         on_error: what happens to a span that cannot be read: its text is shown, and counted in
             `response_metadata["ctxcomp"]["rejected"]`, or the error is raised.
 
@@ -61,6 +63,7 @@ class ChatCtxcomp(BaseChatModel):
     stop: list[str] | None = None
     seed: int = 0
     allow_text_references: bool = False
+    quote: bool = False
     on_error: OnError = "text"
     _chat: SpanChat = PrivateAttr()
 
@@ -91,7 +94,7 @@ class ChatCtxcomp(BaseChatModel):
         return {"decoder": str(decoder), "weights": decoder.weights_digest, "spans": spec.fingerprint,
                 "index": self._chat.index.location, "max_tokens": self.max_tokens, "temperature": self.temperature,
                 "top_p": self.top_p, "stop": self.stop, "seed": self.seed,
-                "allow_text_references": self.allow_text_references}
+                "allow_text_references": self.allow_text_references, "quote": self.quote}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = LangSmithParams(ls_provider="ctxcomp", ls_model_type="chat",
@@ -156,7 +159,7 @@ class ChatCtxcomp(BaseChatModel):
     def _generate(self, messages: list[BaseMessage], stop: list[str] | None = None,
                   run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any) -> ChatResult:
         prompt = self._prompt(messages, current_scope(self._chat))
-        ticket = self._chat.submit(prompt, self._settings(stop, kwargs))
+        ticket = self._chat.submit(prompt, self._settings(stop, kwargs), quote=self.quote)
         try:
             return self._result(prompt, ticket.result())
         finally:
@@ -165,13 +168,13 @@ class ChatCtxcomp(BaseChatModel):
     async def _agenerate(self, messages: list[BaseMessage], stop: list[str] | None = None,
                          run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any) -> ChatResult:
         prompt = await run_in_executor(None, self._prompt, messages, current_scope(self._chat))
-        ticket = self._chat.submit(prompt, self._settings(stop, kwargs))
+        ticket = self._chat.submit(prompt, self._settings(stop, kwargs), quote=self.quote)
         return self._result(prompt, await ticket.aresult())
 
     def _stream(self, messages: list[BaseMessage], stop: list[str] | None = None,
                 run_manager: CallbackManagerForLLMRun | None = None, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
         prompt = self._prompt(messages, current_scope(self._chat))
-        ticket = self._chat.submit(prompt, self._settings(stop, kwargs))
+        ticket = self._chat.submit(prompt, self._settings(stop, kwargs), quote=self.quote)
         shown = Stripper()
         try:
             for piece in ticket.pieces():
@@ -188,7 +191,7 @@ class ChatCtxcomp(BaseChatModel):
                        run_manager: AsyncCallbackManagerForLLMRun | None = None, **kwargs: Any
                        ) -> AsyncIterator[ChatGenerationChunk]:
         prompt = await run_in_executor(None, self._prompt, messages, current_scope(self._chat))
-        ticket = self._chat.submit(prompt, self._settings(stop, kwargs))
+        ticket = self._chat.submit(prompt, self._settings(stop, kwargs), quote=self.quote)
         shown = Stripper()
         try:
             async for piece in ticket.apieces():

@@ -40,6 +40,21 @@ async def test_async_paths_answer_as_the_core_does(setup: Setup, expected: list[
     assert "".join([piece async for piece in chain.astream(QUESTIONS[2])]) == expected[2]
 
 
+async def test_answers_that_quote_are_the_cores_and_words_of_what_was_retrieved(setup: Setup) -> None:
+    chain = setup.chain(quote=True)
+    answers = [setup.rag.answer(q, settings=SETTINGS, quote=True) for q in QUESTIONS]
+    for answer in answers:
+        assert answer.text == "not stated" or any(answer.text in s.chunk.text for s in answer.sources)
+    expected = [answer.text for answer in answers]
+    assert chain.batch(QUESTIONS) == expected
+    assert await chain.ainvoke(QUESTIONS[0]) == expected[0]
+    assert "".join(chain.stream(QUESTIONS[1])) == expected[1]
+    model = ChatCtxcomp(setup.chat, max_tokens=8, quote=True)
+    free = ChatCtxcomp(setup.chat, max_tokens=8)
+    assert model.invoke("Hello.").content == free.invoke("Hello.").content  # nothing to quote from
+    assert model._get_llm_string() != free._get_llm_string()
+
+
 def test_thirty_two_threads_each_get_their_own_answer(setup: Setup, expected: list[str]) -> None:
     chain = setup.chain()
     with ThreadPoolExecutor(32) as pool:

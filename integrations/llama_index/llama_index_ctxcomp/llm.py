@@ -41,6 +41,8 @@ class CtxcompLLM(CustomLLM):
         chat: the decoder, the index and the references.
         scope: allows references as text, if they were minted in this scope; see `SpanPostprocessor`.
         max_tokens, temperature, top_p, stop, seed: as in `GenerationSettings`; calls may override them.
+        quote: an answer from spans is a run of words of their texts, or "not stated"; what has no spans is answered
+            freely.
         on_error: what happens to a span that cannot be read: its text is shown, and counted in
             `raw["ctxcomp"]["rejected"]`, or the error is raised.
     """
@@ -50,6 +52,7 @@ class CtxcompLLM(CustomLLM):
     top_p: float = Field(default=1.0, description="Sample from the smallest set that reaches this probability.")
     stop: tuple[str, ...] = Field(default=(), description="The answer ends before the first of these strings.")
     seed: int = Field(default=0, description="Seed of the sampling.")
+    quote: bool = Field(default=False, description="Hold answers to the words of the texts behind the spans.")
     on_error: Literal["text", "raise"] = Field(default="text", description="What to do if a span cannot be read.")
     _chat: SpanChat = PrivateAttr()
     _scope: str | None = PrivateAttr(default=None)
@@ -153,7 +156,7 @@ class CtxcompLLM(CustomLLM):
 
     def _submit(self, prompt: ChatPrompt, settings: GenerationSettings) -> Ticket:
         with audible():
-            return self._chat.submit(prompt, settings)
+            return self._chat.submit(prompt, settings, quote=self.quote)
 
     def _prompt(self, messages: Sequence[ChatMessage]) -> ChatPrompt:
         turns, scope = read_messages(messages, self._chat, self._scope)

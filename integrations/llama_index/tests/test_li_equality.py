@@ -33,6 +33,18 @@ def test_a_query_engine_answers_like_the_core(setup: Setup, question: str) -> No
     assert [n.node.metadata for n in response.source_nodes] == [dict(s.chunk.metadata) for s in expected.sources]
 
 
+@pytest.mark.parametrize("question", QUESTIONS[:3])
+def test_an_answer_that_quotes_is_the_cores_and_words_of_what_was_retrieved(setup: Setup, question: str) -> None:
+    llm = CtxcompLLM(setup.chat, max_tokens=TOKENS, quote=True)
+    engine = setup.store_index().as_query_engine(
+        llm=llm, similarity_top_k=3, node_postprocessors=[setup.postprocessor()],
+        response_synthesizer=SpanSynthesizer(llm))
+    expected = setup.rag.answer(question, settings=SHORT, quote=True)
+    assert engine.query(question).response == expected.text
+    assert expected.text == "not stated" or any(expected.text in s.chunk.text for s in expected.sources)
+    assert llm.complete("Hello.").text == setup.llm().complete("Hello.").text  # nothing to quote from
+
+
 async def test_asynchronous_and_streamed_answers_are_the_same(setup: Setup) -> None:
     question = QUESTIONS[1]
     expected = setup.answer(question)
