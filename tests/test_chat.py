@@ -161,6 +161,29 @@ def test_where_every_reference_is_refused_the_prompt_is_that_of_plain_text(rag: 
     assert (prompt.chunk_ids, prompt.rejected) == ((), {"malformed": 3})
 
 
+def test_an_answer_that_quotes_is_in_the_texts_behind_its_references(chat: SpanChat, rag: CompressedRAG) -> None:
+    sources = rag.retrieve(QUESTION, top_k=2)
+    prompt = chat.prompt([turn(*map(SpanReference, minted(chat, sources)), "?")], SCOPE)
+    assert prompt.sources == tuple(s.chunk.text for s in sources)
+    for seed in range(4):
+        made = chat.submit(prompt, GenerationSettings(12, 1.0, seed=seed), quote=True).result()
+        assert any(" ".join(made.text.split()) in text for text in (*prompt.sources, "not stated"))
+        assert made.usage == chat.submit(prompt, SHORT).result().usage
+    plain = chat.prompt([turn("Hello.")], SCOPE)  # what refers to nothing has nothing to quote from
+    assert chat.submit(plain, SHORT, quote=True).result() == chat.submit(plain, SHORT).result()
+
+
+@pytest.mark.parametrize("text", [None, "", "  "])
+def test_what_was_refused_is_not_quoted_silently(chat: SpanChat, rag: CompressedRAG, text: str | None) -> None:
+    prompt = chat.prompt([turn(SpanReference("forged", text), "?")], SCOPE)
+    with pytest.raises(SpanReferenceError, match="nothing to quote from; mint the references again"):
+        chat.submit(prompt, SHORT, quote=True)
+    good = minted(chat, rag.retrieve(QUESTION, top_k=1))
+    mixed = chat.prompt([turn(SpanReference("forged", text), *map(SpanReference, good), "?")], SCOPE)
+    assert len(mixed.sources) == 1
+    chat.submit(mixed, SHORT, quote=True).result()
+
+
 def test_requests_of_many_callers_get_each_its_own_answer(rag: CompressedRAG, chat: SpanChat) -> None:
     """Two tenants, other chunks and text, 32 at once: as one at a time."""
     chunks = list(rag.memory.chunks())
