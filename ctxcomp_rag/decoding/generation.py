@@ -193,9 +193,10 @@ class Progress:
         token = sampler.pick(logits) if self.quoting is None else sampler.pick(logits, self.allows)
         if token is None:
             self.finish_reason = "stop"
-            self.text = self.quoting.whole(self.text) if self.quoting else self.text
         else:
             self.accept(token)
+        if self.quoting and self.finish_reason:  # it may not have ended by itself
+            self.text = self.quoting.whole(self.text)
         return token
 
     def accept(self, token: int) -> None:
@@ -212,8 +213,6 @@ class Progress:
             self.finish_reason = "stop"
         elif self.num_generated >= self.settings.max_new_tokens:
             self.finish_reason = "length"
-        if self.quoting and self.finish_reason:  # it did not end by itself
-            self.text = self.quoting.whole(self.text)
 
     @property
     def settled(self) -> str:
