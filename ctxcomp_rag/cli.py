@@ -205,11 +205,10 @@ def demo(seed: Annotated[int, typer.Option(help="Of the generated corpus: other 
                       f"{1000 * example.text_seconds:.1f} ms", f"{example.text_cache_bytes / 1024:.0f} KiB")
         to_out.print(table)
     report = result.report
-    table = Table("exact match, %", *report.exact_match)
-    table.add_row("the right chunk", *(f"{v:g}" for v in report.exact_match.values()))
-    table.add_row(f"{report.top_k} retrieved chunks",
-                  *(f"{report.exact_match_retrieved[n]:g}" if n in report.exact_match_retrieved else "-"
-                    for n in report.exact_match))
+    table = Table("exact match, %", "the right chunk", f"{report.top_k} retrieved chunks")
+    for system, score in report.exact_match.items():
+        retrieved = report.exact_match_retrieved.get(system)
+        table.add_row(system, f"{score:g}", "-" if retrieved is None else f"{retrieved:g}")
     to_out.print(table)
     to_out.print(f"{report.questions} questions about {result.documents} generated documents with names never seen "
                  f"in training (seed {result.seed}); {result.seconds:.0f} s in all")

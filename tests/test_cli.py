@@ -260,6 +260,14 @@ def test_the_demo_prints_every_system() -> None:
     assert example["spans_cache_bytes"] < example["text_cache_bytes"]
 
 
+def test_the_demos_tables_fit_a_narrow_terminal() -> None:
+    shown = ctxcomp("demo", "--documents", "4", COLUMNS="80")
+    assert shown.returncode == 0, shown.stderr
+    assert "truncated_4x" in shown.stdout
+    assert "16x_quoted" in shown.stdout
+    assert "\u2026" not in shown.stdout  # nothing is cut off
+
+
 def test_ask_keeps_a_slot_budget_and_names_what_did_not_fit(index: Path) -> None:
     free = as_json(ctxcomp("ask", index, "How tall is it?", "--json"))
     budget = free["usage"]["slots"] - 1
