@@ -19,6 +19,7 @@ from torch import Tensor
 
 _BLOCK = 64  # tokens looked at together, the likeliest first
 _IN_A_NUMBER = re.compile(r"\d[.,:/'\u2019]\d")
+_POWER_OF_TEN = re.compile(r"\d[eE][-+\u2212]\d")
 _SIGNS = "-+\u2212"
 
 
@@ -77,7 +78,8 @@ def cuts(text: str, place: int) -> bool:
         return True
     if before in _SIGNS and behind.isdigit() and not text[: place - 1][-1:].isalnum():
         return True
-    if any(_IN_A_NUMBER.fullmatch(text, begin, begin + 3) for begin in (place - 1, place - 2) if begin >= 0):
+    if any(shape.fullmatch(text, begin, begin + length) for shape, length in ((_IN_A_NUMBER, 3), (_POWER_OF_TEN, 4))
+           for begin in range(max(0, place - length + 1), place)):
         return True
     return before.isalnum() and behind.isalnum() and "Lo" not in kinds
 

@@ -144,7 +144,8 @@ def test_an_answer_that_is_cut_short_is_cut_where_a_word_ends(tokens: int, token
 
 @pytest.mark.parametrize(("source", "part"), [
     ("it was -40 °C", "40 °C"), ("it was \u221212.5 °C", "12.5"), ("at 10:30", "10"), ("1'000 francs", "1"),
-    ("3/4 cup", "3"), ("Alex\u00adander", "Alex"), ("1.5.2", "1.5"), ("Ruizs", "Ruiz")])
+    ("3/4 cup", "3"), ("Alex\u00adander", "Alex"), ("1.5.2", "1.5"), ("Ruizs", "Ruiz"),
+    ("1e-5 of it", "1e"), ("1e-5 of it", "-5")])
 def test_a_part_of_a_number_or_a_word_is_no_answer(source: str, part: str) -> None:
     quoting = Quoting([source])
     assert not (quoting.may_begin(part) and quoting.may_end(part))
