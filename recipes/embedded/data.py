@@ -301,8 +301,12 @@ class Corpus:
         ids = [self.random_token(rng) for _ in range(rng.randint(8, longest))]
         return Row([], [(ids, factor)], [self.reconstruction(rng, ids, autoencode_id)], source="random")
 
-    def single_row(self, rng: random.Random, source: str, factor: float | None, autoencode_id: int) -> Row:
-        """One document: questions, and with slots its reconstruction."""
+    def single_row(self, rng: random.Random, source: str, factor: float | None, autoencode_id: int,
+                   drilled: float = 1.0) -> Row:
+        """One document: questions, and with slots its reconstruction.
+
+        Of SQuAD's rows this share (`drilled`) has what is asked of any text, too: gaps, recall, reconstruction.
+        """
         prefix, middle = self.layout(rng)
         row = Row(prefix, [], source=source)
         if not factor:
@@ -319,12 +323,12 @@ class Corpus:
                 row.branches.append(self.unrelated_question(rng, passage.article, middle))
         else:
             ids = self.wiki_window(rng)
-        if source == "wiki" or (source == "squad" and rng.random() < 0.3):
+        if source == "wiki" or (source == "squad" and rng.random() < 0.3 * drilled):
             row.branches += self.cloze_branches(rng, ids, 1 if row.branches else 4, middle)
         row.parts = [(ids, factor)]
-        if factor is None or factor <= MAX_RECONSTRUCTED:
+        if (factor is None or factor <= MAX_RECONSTRUCTED) and (source != "squad" or rng.random() < drilled):
             row.branches += self.recall_branches(rng, ids, RECALLED[source] if factor else 1, middle)
-        if factor and factor <= MAX_RECONSTRUCTED:
+        if factor and factor <= MAX_RECONSTRUCTED and (source != "squad" or rng.random() < drilled):
             row.branches.append(self.reconstruction(rng, ids, autoencode_id))
         row.find_answers()
         return row

@@ -27,7 +27,8 @@ POINTING = {"match": 0.2, "who": 0.2, "bind": 0.2, "ask": 0.3, "point": 0.7, "fo
 HEADS = {"match": (1, 1), "who": (-4, 1), "bind": (-3, 1), "ask": (-3, 1), "point": (-2, 4), "follow": (-2, 4)}
 # One mean over all tokens that are read from the context. With a mean for each kind, the few of a rare kind made most
 # of the gradient's noise: its norm was 12 where that of SQuAD's answers was 3.
-READ = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 1.0,
+# The first tokens of SQuAD's answers weigh more: they say where it is read, which is what answers that quote get wrong.
+READ = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 1.0, "answer-first": 3.0,
         "cloze": 0.5, "recall": 0.5, "reconstruct": 0.25}
 READ_WEIGHT = 2.25
 MEANS = {"question": 0.2, "lm": 0.3, "lm-home": 0.3, **POINTING}
@@ -56,11 +57,12 @@ def encode_spans(model: Model, spans: list[tuple[list[int], float]]) -> tuple[Te
     return model.encode(torch.tensor(ids), torch.tensor(places), packing, torch.tensor(where)), spread
 
 
-def pointing_loss(tapped: tuple[Tensor, Tensor], flats: list[Flat], kind: str, heads: int) -> Tensor:
+def pointing_loss(tapped: tuple[Tensor, Tensor], flats: list[Flat], kind: str, heads: int,
+                  dealt: bool = True) -> Tensor:
     """Sum over the points of a kind of -log of what attention lays on the targets, mean over the first `heads` heads.
 
     A guide for the heads that match and copy: an answer says which token comes next, and not where it was to be read.
-    The tokens of a slot are dealt out to the heads (`has_token`).
+    With `dealt`, the tokens of a slot are dealt out to the heads (`has_token`).
     """
     loss = torch.zeros(())
     for flat, queries, keys in zip(flats, *(x[:, :heads].split([len(f.ids) for f in flats]) for x in tapped),
@@ -76,7 +78,7 @@ def pointing_loss(tapped: tuple[Tensor, Tensor], flats: list[Flat], kind: str, h
         every = torch.arange(len(flat.ids))
         hidden = (every > column[:, None]) | ((every >= flat.context) & (every < begin[column][:, None]))
         looks = [(head, n, t) for n, p in enumerate(points) for head in range(heads)
-                 for t in (p.targets if has_token(head, heads, p.token, p.tokens) else (0,))]
+                 for t in (p.targets if not dealt or has_token(head, heads, p.token, p.tokens) else (0,))]
         elsewhere = torch.ones((heads, *hidden.shape), dtype=torch.bool)
         elsewhere[tuple(torch.tensor(x) for x in zip(*looks, strict=True))] = False
         loss = loss + (scores.masked_fill(hidden, -1e9).logsumexp(-1)
@@ -122,7 +124,7 @@ class Outcome:
 
 
 def forward(model: Model, rows: list[Row], separator: list[int], naming: float = 0.0, taught: float = 0.0,
-            guided: bool = True, encode: Encode = encode_spans) -> Outcome:
+            guided: bool = True, encode: Encode = encode_spans, dealt: bool = True) -> Outcome:
     """Loss of these rows. With several processes, means are over the rows of all of them.
 
     Args:
@@ -130,6 +132,8 @@ def forward(model: Model, rows: list[Row], separator: list[int], naming: float =
         taught: weight of what the documents as text teach (see `teaching`); rows that are all text have none.
         guided: heads are told where to look. Those of a frozen decoder cannot learn it.
         encode: makes the memory that stands in the place of texts.
+        dealt: the tokens of a slot are dealt out to the heads that are told where to look. The heads of a mean of
+            weights all look at each.
     """
     spans = [(ids, f) for row in rows for ids, f in row.parts if f is not None]
     slots, spread = encode(model, spans) if spans else (torch.zeros(0, model.shape.hidden_size), [])
@@ -156,7 +160,7 @@ def forward(model: Model, rows: list[Row], separator: list[int], naming: float =
     logits = model.decode(ids, slots, slot, places, packing, where, tap, states)
     sums = dict.fromkeys(KINDS, 0.0)
     for kind, (block, heads) in HEADS.items() if guided else ():
-        pointed = pointing_loss(tap[block], flats, kind, heads)
+        pointed = pointing_loss(tap[block], flats, kind, heads, dealt)
         loss = loss + pointed * weights[kind]
         sums[kind] = float(pointed.detach())
     each = F.cross_entropy(logits, labels, reduction="none")

@@ -11,7 +11,7 @@ RATES = {"text": (1.0, 0.4), "compressor": (0.2, 0.006)}
 # In the joint stage it falls several times: by when (share of the stage), from what, to what. The mean of the weights
 # that falls end with answers better, and more of it from slots, than any of them (benchmarks/LOG.md).
 FALLS = ((0.56, 0.5, 0.015), (0.8, 0.34, 0.015), (0.94, 0.25, 0.012), (1.0, 0.2, 0.012))
-MORE_FALLS = ((0.5, 0.25, 0.012), (1.0, 0.25, 0.012))  # of released weights that go on
+MORE_FALLS = ((1.0, 0.25, 0.012),)  # of released weights that go on
 
 
 @dataclass

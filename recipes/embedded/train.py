@@ -40,6 +40,7 @@ from ctxcomp_rag.training.muon import Muon
 STAGES = ("text", "joint", "compressor")
 # Weight of what the documents as text teach those that read slots.
 TAUGHT = {"text": 0.0, "joint": 1.0, "compressor": 1.0}
+BEGUN = 0.2  # share of the released weights that training went on from, in the mean with what it ends with
 EMBEDDING_NORM = 0.32
 COPYING = 400  # steps until copying has formed
 
@@ -85,10 +86,14 @@ def load(model: Model, optimizers: list[torch.optim.Optimizer] | None, path: Pat
         optimizer.load_state_dict({"state": entries, "param_groups": packed["param_groups"]})
 
 
-def average(model: Model, paths: list[Path]) -> None:
-    """Let the model's weights be the mean of them and those of these checkpoints."""
+def average(model: Model, paths: list[Path], own: float | None = None) -> None:
+    """Let the model's weights be the mean of them and those of these checkpoints; `own` is the share of the model's
+    own [default: as much as of each checkpoint]."""
+    own = 1 / (len(paths) + 1) if own is None else own
+    shares = torch.tensor([own, *[(1 - own) / len(paths)] * len(paths)])
     ends = [{f"model.{k}": v for k, v in model.state_dict().items()}, *map(load_file, paths)]
-    model.load_state_dict({k[6:]: torch.stack([end[k] for end in ends]).mean(0) for k in ends[0]})
+    model.load_state_dict({k[6:]: torch.einsum("n,n...->...", shares, torch.stack([end[k] for end in ends]))
+                           for k in ends[0]})
 
 
 def make_optimizers(model: Model, stage: str, schedule: Schedule) -> list[torch.optim.Optimizer]:
@@ -170,8 +175,9 @@ def main() -> None:
         began, recent = time.time(), []
         for step in range(start_step if stage == start_stage else 0, steps):
             rng = random.Random(f"{args.seed}/{stage}/{step}")
-            rows = step_rows(corpus, stage, rng, schedule.progress(stage, step), args.scale,
-                             shape.vocab_size, schedule.max_factor, args.english, 8 if step < COPYING else 2)
+            rows = step_rows(corpus, "more" if args.begun and stage == "joint" else stage, rng,
+                             schedule.progress(stage, step), args.scale, shape.vocab_size, schedule.max_factor,
+                             args.english, 8 if step < COPYING else 2)
             if args.memory == "kept":
                 rows = [r for r in map(without_wording, rows) if r.branches]
             scale = schedule.learning_rate(stage, step)
@@ -179,7 +185,7 @@ def main() -> None:
                 optimizer.param_groups[0]["lr"] = rate * scale
             mine = share(rows, [cost(r) for r in rows], rank, world)
             out = forward(model, mine, corpus.separator, schedule.naming(stage, step), TAUGHT[stage],
-                          stage != "compressor" and not args.begun, encode)
+                          stage != "compressor", encode, not args.begun)
             out.loss.backward()
             sum_gradients(model.parameters())
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
@@ -200,7 +206,7 @@ def main() -> None:
                 if not rank:
                     save(model, [], ends[-1], {"stage": stage, "step": step + 1})
                 if done:
-                    average(model, ends[:-1])
+                    average(model, ends[:-1], 1 - BEGUN if args.begun else None)
             if (step + 1) % args.evaluate_every == 0 or done:
                 record(args.out, rank, {"stage": stage, "step": step + 1,
                                   "evaluation": evaluate(model, held_out, encode)})

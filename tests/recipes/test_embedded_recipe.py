@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import lzma
 import os
 import random
 import subprocess
@@ -12,11 +14,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import ctxcomp_rag
 from ctxcomp_rag import Chunk, SoftSpan, load_frozen, load_trained_compressor
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "embedded"
+ASSETS = Path(ctxcomp_rag.__file__).parent / "assets"
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +198,20 @@ def test_tokens_of_a_slot_are_dealt_out_to_the_heads_that_copy(recipe: ModuleTyp
         inputs = torch.cat([embed(torch.tensor([1])), slots, embed(torch.tensor([9, 7, ids[6], 2]))])
         seen = llama(inputs_embeds=inputs[None], position_ids=torch.tensor([[0, 4, 8, 9, 10, 11, 12]]),
                      output_attentions=True).attentions[-2][0, :, 4]
+        alike = forward(model, [row], [3], dealt=False)
     looked_at = [2 if head * 4 // heads == 2 else 0 for head in range(heads)]  # the third token of the second slot
     assert outcome.sums["point"] == pytest.approx(-float(seen[range(heads), looked_at].log().mean()), abs=1e-4)
+    assert alike.sums["point"] == pytest.approx(-float(seen[:, 2].log().mean()), abs=1e-4)
+
+
+def test_the_first_token_of_squads_answers_is_asked_for_apart(recipe: ModuleType) -> None:
+    from data import Branch, Row
+    from layout import lay_out
+
+    branch = Branch([7, 3, 8, 6, 2], 2, "answer")
+    for source, kinds in (("squad", ["answer-first", "answer", "answer"]), ("fictional", ["answer-home"] * 3)):
+        targets = lay_out(Row([1], [([5, 6, 7, 8], None)], [branch], source=source), [3], {}).targets
+        assert [kind for _, _, kind, _ in targets] == ["question", *kinds]
 
 
 @pytest.mark.parametrize(("heads", "tokens"), [(4, 1), (4, 2), (4, 3), (4, 4), (4, 6), (4, 16), (1, 4)])
@@ -438,15 +454,32 @@ def test_the_rate_of_the_joint_stage_falls_several_times(recipe: ModuleType) -> 
         assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_released_weights_go_on_with_falls_of_their_own_and_no_curriculum(recipe: ModuleType) -> None:
+def test_released_weights_go_on_with_one_fall_and_no_curriculum(recipe: ModuleType) -> None:
     from schedule import MORE_FALLS, Schedule
 
     schedule = Schedule(joint=100, warmup=10, begun=True)
-    assert schedule.ends() == [50, 100]
-    for begin, (_, first, _) in zip((0, 50), MORE_FALLS, strict=True):
-        assert schedule.learning_rate("joint", begin) == pytest.approx(first / 10)
-        assert schedule.learning_rate("joint", begin + 20) == first
+    ((_, first, last),) = MORE_FALLS
+    assert schedule.ends() == [100]
+    assert schedule.learning_rate("joint", 0) == pytest.approx(first / 10)
+    assert schedule.learning_rate("joint", 50) == first
+    assert schedule.learning_rate("joint", 99) == pytest.approx(last, abs=2 * first / 50)
     assert (schedule.progress("joint", 0), schedule.naming("joint", 0)) == (1.0, 0.0)
+
+
+def test_of_squads_rows_a_share_is_drilled_in_what_is_asked_of_any_text(recipe: ModuleType, tmp_path: Path) -> None:
+    from data import Corpus
+
+    text = "The Alborz lighthouse was built by Ana Ruiz in 1904. It is 31 m tall; 12 keepers lived there until 1950."
+    asked = {"question": "Who built the lighthouse?", "answers": [{"text": "Ana Ruiz", "answer_start": 35}]}
+    articles = {"data": [{"paragraphs": [{"context": text, "qas": [asked]}]} for _ in range(2)]}
+    with lzma.open(tmp_path / "squad-train-v1.1.json.xz", "wt", encoding="utf-8") as file:
+        json.dump(articles, file)
+    corpus = Corpus(Tokenizer.from_file(str(ASSETS / "decoder" / "tokenizer.json")), tmp_path, wiki_files=0)
+    for drilled, drills in ((0.0, set()), (1.0, {"recall", "reconstruct", "cloze"})):
+        rng = random.Random(0)
+        rows = [corpus.single_row(rng, "squad", 4.0, 4097, drilled) for _ in range(30)]
+        assert {b.kind for row in rows for b in row.branches} == {"answer", *drills}
+        assert all(any(b.kind == "reconstruct" for b in row.branches) == bool(drilled) for row in rows)
 
 
 def test_training_goes_on_from_the_very_weights_that_the_package_loads(recipe: ModuleType) -> None:
@@ -456,7 +489,7 @@ def test_training_goes_on_from_the_very_weights_that_the_package_loads(recipe: M
 
     backbone = load_frozen("embedded")
     model = recipe.Model(Shape())
-    load_released(model, Path(ctxcomp_rag.__file__).parent / "assets")
+    load_released(model, ASSETS)
     chunk = Chunk("d", "The Alborz lighthouse was built in 1904 by Ana Ruiz.", 0, 52, 16)
     ids = backbone.tokenizer.encode(chunk.text)
     with torch.no_grad():
@@ -487,6 +520,10 @@ def test_what_the_falls_end_with_is_averaged(recipe: ModuleType, model: torch.nn
     recipe.average(averaged, ends)
     for name, value in averaged.state_dict().items():
         assert torch.allclose(value, before[name] + 1, atol=1e-5)
+    leaning = copy.deepcopy(model)
+    recipe.average(leaning, ends, own=0.8)
+    for name, value in leaning.state_dict().items():
+        assert torch.allclose(value, before[name] + 0.3, atol=1e-5)
 
 
 @pytest.mark.parametrize("script", ["train", "export"])
