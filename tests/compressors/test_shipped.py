@@ -16,15 +16,15 @@ CORPUS = generate_corpus(20, seed=11)
 
 
 @pytest.mark.parametrize(("method", "factor", "documents", "least"), [
-    ("icae", 4.0, 1, 18), ("icae", 4.0, 3, 17), ("icae", 16.0, 1, 11), ("pcc", 4.0, 1, 16), ("pcc", 16.0, 1, 8)])
+    ("icae", 4.0, 1, 57), ("icae", 4.0, 3, 54), ("icae", 16.0, 1, 36), ("pcc", 4.0, 1, 54), ("pcc", 16.0, 1, 32)])
 def test_held_out_documents_are_answered_from_spans(method: str, factor: float, documents: int, least: int) -> None:
     backbone = load_frozen()
     compressor = load_trained_compressor(method, backbone)
     chunks = [Chunk(d.id, d.text, 0, len(d.text), len(backbone.tokenizer.encode(d.text))) for d in CORPUS]
     spans = compressor.compress(chunks, compression_factor=factor)
     shown = [enclosed(s, compressor.spec) for s in spans]
-    prompts = [prompt_parts(backbone, d.questions[0].question, (shown * 2)[i : i + documents], compressor.spec)
-               for i, d in enumerate(CORPUS)]
+    asked = [(i, question) for i, d in enumerate(CORPUS) for question in d.questions[:3]]
+    prompts = [prompt_parts(backbone, q.question, (shown * 2)[i : i + documents], compressor.spec) for i, q in asked]
     said = FrozenDecoder(backbone).batch(prompts, GenerationSettings(max_new_tokens=16))
-    right = sum(exact_match(made.text.strip(), [d.questions[0].answer]) for made, d in zip(said, CORPUS, strict=True))
-    assert right >= least
+    right = sum(exact_match(made.text.strip(), [q.answer]) for made, (_, q) in zip(said, asked, strict=True))
+    assert right >= least, f"{right:.0f} of {len(asked)}"
