@@ -126,11 +126,11 @@ def lay_out(row: Row, separator: list[int], spans: dict[int, Span]) -> Flat:
             loss = branch.kind if i >= branch.answer_start else "question"
             if loss == "question" and branch.kind in ("cloze", "recall"):
                 continue
-            if loss == "answer" and row.source.startswith("fictional"):
+            if loss == "answer" and i == branch.answer_start and row.source != "fictional":
+                loss = "answer-first"
+            elif loss == "answer" and row.source.startswith("fictional"):
                 loss = {"fictional-several": "answer-several", "fictional-short": "answer-short"}.get(
                     row.source, "answer-home")
-            elif loss == "answer" and i == branch.answer_start and row.source.startswith("squad"):
-                loss = "answer-first"
             flat.targets.append((base + i - 1, branch.ids[i], loss, number))
         asked = branch.ids[: branch.answer_start] if branch.kind != "reconstruct" else []
         flat.points += [Point(base + i, tuple(columns[token]), "match") for i, token in enumerate(asked)

@@ -27,7 +27,8 @@ POINTING = {"match": 0.2, "who": 0.2, "bind": 0.2, "ask": 0.3, "point": 0.7, "fo
 HEADS = {"match": (1, 1), "who": (-4, 1), "bind": (-3, 1), "ask": (-3, 1), "point": (-2, 4), "follow": (-2, 4)}
 # One mean over all tokens that are read from the context. With a mean for each kind, the few of a rare kind made most
 # of the gradient's noise: its norm was 12 where that of SQuAD's answers was 3.
-# The first tokens of SQuAD's answers weigh more: they say where it is read, which is what answers that quote get wrong.
+# The first token of an answer weighs more, but where one fictional document is asked about: it says where it is read,
+# which is what answers that quote get wrong.
 READ = {"answer-home": 1.0, "answer-several": 1.0, "answer-short": 1.0, "answer": 1.0, "answer-first": 3.0,
         "cloze": 0.5, "recall": 0.5, "reconstruct": 0.25}
 READ_WEIGHT = 2.25

@@ -8,16 +8,18 @@ import torch
 from model import PROJECTIONS, Model, owner
 from safetensors.torch import load_file
 
+DECODER = "decoder/model.safetensors"
+ADAPTER, MEMORY = "icae/adapter_model.safetensors", "icae/memory_tokens.safetensors"
+RELEASED = (DECODER, ADAPTER, MEMORY, "decoder/tokenizer.json")
+
 
 def load_released(model: Model, folder: Path) -> None:
     """Let the model have the weights of FOLDER/decoder and FOLDER/icae."""
-    decoder = load_file(folder / "decoder" / "model.safetensors")
-    adapter = load_file(folder / "icae" / "adapter_model.safetensors")
-    memory = load_file(folder / "icae" / "memory_tokens.safetensors")["memory_tokens"]
+    decoder, adapter, memory = (load_file(folder / name) for name in (DECODER, ADAPTER, MEMORY))
     with torch.no_grad():
         model.embed.copy_(decoder["model.embed_tokens.weight"])
         model.final_norm.copy_(decoder["model.norm.weight"])
-        model.special.copy_(memory[:2])
+        model.special.copy_(memory["memory_tokens"][:2])
         for i, block in enumerate(model.blocks):
             layer = f"model.layers.{i}."
             block.input_norm.copy_(decoder[layer + "input_layernorm.weight"])

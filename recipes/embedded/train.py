@@ -22,12 +22,12 @@ from cooccurrence import embeddings_from_counts
 from data import SPECIALS, Corpus, read_lines, read_squad
 from kept import MEMORIES, without_wording
 from measure import evaluate
-from mix import cost, step_rows
+from mix import ONWARD, cost, step_rows
 from model import Model, Shape
 from objective import KINDS, forward
 from parallel import share, spread, start, sum_gradients
 from positional import set_positional_heads
-from released import load_released
+from released import RELEASED, load_released
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from schedule import Schedule
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--english", type=float, default=1.0, help="share of steps with each of the English rows")
     parser.add_argument("--wiki-files", type=int, default=1)
     parser.add_argument("--begin", type=Path, help="go on from released weights: a folder with decoder/ and icae/")
+    parser.add_argument("--rows", choices=ONWARD, default=ONWARD[0], help="with --begin, what it is shown: see mix.py")
     parser.add_argument("--memory", choices=tuple(MEMORIES), default="slots", help="what spans are: see kept.py")
     for name, value in asdict(Schedule()).items():
         if name != "begun":
@@ -133,6 +134,9 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=250)
     parser.add_argument("--save-every", type=int, default=50)
     args = parser.parse_args()
+    if args.begin and (missing := [name for name in RELEASED if not (args.begin / name).exists()]):
+        parser.error(f"expected released weights in {args.begin}, and there is no {missing[0]}; give the folder that "
+                     "export.py wrote")
     rank, world = start()
     args.begun = args.begin is not None
     schedule = Schedule(**{name: getattr(args, name) for name in asdict(Schedule())})
@@ -175,7 +179,7 @@ def main() -> None:
         began, recent = time.time(), []
         for step in range(start_step if stage == start_stage else 0, steps):
             rng = random.Random(f"{args.seed}/{stage}/{step}")
-            rows = step_rows(corpus, "more" if args.begun and stage == "joint" else stage, rng,
+            rows = step_rows(corpus, args.rows if args.begun and stage == "joint" else stage, rng,
                              schedule.progress(stage, step), args.scale, shape.vocab_size, schedule.max_factor,
                              args.english, 8 if step < COPYING else 2)
             if args.memory == "kept":

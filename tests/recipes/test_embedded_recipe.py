@@ -9,8 +9,10 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -204,12 +206,14 @@ def test_tokens_of_a_slot_are_dealt_out_to_the_heads_that_copy(recipe: ModuleTyp
     assert alike.sums["point"] == pytest.approx(-float(seen[:, 2].log().mean()), abs=1e-4)
 
 
-def test_the_first_token_of_squads_answers_is_asked_for_apart(recipe: ModuleType) -> None:
+def test_the_first_token_of_an_answer_is_asked_for_apart_where_it_is_hard_to_find(recipe: ModuleType) -> None:
     from data import Branch, Row
     from layout import lay_out
 
     branch = Branch([7, 3, 8, 6, 2], 2, "answer")
-    for source, kinds in (("squad", ["answer-first", "answer", "answer"]), ("fictional", ["answer-home"] * 3)):
+    for source, kinds in (("squad", ["answer-first", "answer", "answer"]), ("fictional", ["answer-home"] * 3),
+                          ("fictional-several", ["answer-first", "answer-several", "answer-several"]),
+                          ("fictional-short", ["answer-first", "answer-short", "answer-short"])):
         targets = lay_out(Row([1], [([5, 6, 7, 8], None)], [branch], source=source), [3], {}).targets
         assert [kind for _, _, kind, _ in targets] == ["question", *kinds]
 
@@ -408,10 +412,10 @@ def test_an_untrained_decoder_has_heads_that_look_back(recipe: ModuleType) -> No
 
 @pytest.mark.parametrize("limit", [1.0, 4.0, 16.0])
 def test_the_curriculum_begins_at_1x_and_keeps_to_its_largest_factor(recipe: ModuleType, limit: float) -> None:
-    from mix import draw_factor
+    from mix import FICTIONAL, draw_factor
 
     rng = random.Random(0)
-    drawn = {p: [draw_factor(rng, "fictional", p, limit) for _ in range(200)] for p in (0.0, 0.3, 0.6, 0.8, 1.0)}
+    drawn = {p: [draw_factor(rng, p, limit, FICTIONAL) for _ in range(200)] for p in (0.0, 0.3, 0.6, 0.8, 1.0)}
     assert drawn[0.0] == [1.0] * 200
     assert all(1 <= factor <= limit for factors in drawn.values() for factor in factors)
     assert max(drawn[1.0]) == limit
@@ -466,20 +470,57 @@ def test_released_weights_go_on_with_one_fall_and_no_curriculum(recipe: ModuleTy
     assert (schedule.progress("joint", 0), schedule.naming("joint", 0)) == (1.0, 0.0)
 
 
-def test_of_squads_rows_a_share_is_drilled_in_what_is_asked_of_any_text(recipe: ModuleType, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def corpus(recipe: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One text of SQuAD in two articles, and the generator's documents."""
     from data import Corpus
 
     text = "The Alborz lighthouse was built by Ana Ruiz in 1904. It is 31 m tall; 12 keepers lived there until 1950."
     asked = {"question": "Who built the lighthouse?", "answers": [{"text": "Ana Ruiz", "answer_start": 35}]}
     articles = {"data": [{"paragraphs": [{"context": text, "qas": [asked]}]} for _ in range(2)]}
-    with lzma.open(tmp_path / "squad-train-v1.1.json.xz", "wt", encoding="utf-8") as file:
+    folder = tmp_path_factory.mktemp("squad")
+    with lzma.open(folder / "squad-train-v1.1.json.xz", "wt", encoding="utf-8") as file:
         json.dump(articles, file)
-    corpus = Corpus(Tokenizer.from_file(str(ASSETS / "decoder" / "tokenizer.json")), tmp_path, wiki_files=0)
+    made = Corpus(Tokenizer.from_file(str(ASSETS / "decoder" / "tokenizer.json")), folder, wiki_files=0)
+    made.wiki = [made.ids(text) * 2]
+    return made
+
+
+def test_of_squads_rows_a_share_is_drilled_in_what_is_asked_of_any_text(corpus: Any) -> None:
     for drilled, drills in ((0.0, set()), (1.0, {"recall", "reconstruct", "cloze"})):
         rng = random.Random(0)
         rows = [corpus.single_row(rng, "squad", 4.0, 4097, drilled) for _ in range(30)]
         assert {b.kind for row in rows for b in row.branches} == {"answer", *drills}
         assert all(any(b.kind == "reconstruct" for b in row.branches) == bool(drilled) for row in rows)
+
+
+@pytest.mark.parametrize("stage", ["text", "joint", "answers", "documents", "compressor"])
+def test_a_step_has_the_rows_that_its_mix_names(corpus: Any, stage: str) -> None:
+    from mix import MIXES, step_rows
+
+    mix, rng = MIXES[stage], random.Random(0)
+    steps = [step_rows(corpus, stage, rng, 1.0, 1.0, 4096, 16.0, 1.0, 2) for _ in range(8)]
+    for rows in steps:
+        alone = Counter((row.source, row.parts[0][1] is None) for row in rows if len(row.parts) == 1)
+        alone.pop(("random", True), None)
+        together = Counter(row.source.partition("-")[0] for row in rows if "-" in row.source)
+        assert alone == {(source, True): n for source, n in mix.text.items()} | {
+            (source, False): n for source, n in mix.slots.items()}
+        assert together == mix.together
+    factors = {f for rows in steps for row in rows if row.source == "fictional-several" for _, f in row.parts}
+    assert factors
+    assert factors <= ({None} if stage == "text" else {None, *mix.factors["several"]})
+    halved = step_rows(corpus, stage, rng, 1.0, 0.5, 4096, 8.0, 0.0, 2)
+    assert {row.source.partition("-")[0] for row in halved} <= {"fictional", "random"}  # no English
+    assert all(f is None or f <= 8 for row in halved for _, f in row.parts)
+
+
+def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(RECIPE / "train.py"), "--data", str(tmp_path), "--out", str(tmp_path),
+                           "--begin", str(tmp_path)], capture_output=True, text=True, check=False, timeout=200,
+                          env={**os.environ, "PYTHONPATH": str(RECIPE.parents[1])})
+    assert done.returncode == 2
+    assert "there is no decoder/model.safetensors; give the folder that export.py wrote" in done.stderr
 
 
 def test_training_goes_on_from_the_very_weights_that_the_package_loads(recipe: ModuleType) -> None:
