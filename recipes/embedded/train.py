@@ -40,7 +40,7 @@ from ctxcomp_rag.training.muon import Muon
 STAGES = ("text", "joint", "compressor")
 # Weight of what the documents as text teach those that read slots.
 TAUGHT = {"text": 0.0, "joint": 1.0, "compressor": 1.0}
-BEGUN = 0.2  # share of the released weights that training went on from, in the mean with what it ends with
+BEGUN = 0.15  # share of the released weights that training went on from, in the mean with what it ends with
 EMBEDDING_NORM = 0.32
 COPYING = 400  # steps until copying has formed
 
