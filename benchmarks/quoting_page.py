@@ -1,4 +1,5 @@
-"""Fill docs/quoting.md from the results of home_ground.py, quoting_cost.py and two runs of `ctxcomp eval --quote`.
+"""Fill docs/quoting.md from the results of home_ground.py, home_seeds.py, quoting_cost.py and two runs of
+`ctxcomp eval --quote`.
 
     python benchmarks/quoting_page.py [--results benchmarks/results] [--page docs/quoting.md]
 """
@@ -9,7 +10,7 @@ from typing import Any
 
 from pages import between, fill, table
 
-HOME, COST = "home_ground", "quoting_cost"
+HOME, SEEDS, COST = "home_ground", "home_seeds", "quoting_cost"
 ENGLISH = ("squad_dev_4x", "squad_dev_retrieved")
 LABELS = {"full_text": "full text", "4x": "spans 4x", "8x": "spans 8x", "16x": "spans 16x",
           "truncated_4x": "text cut to 4x"}
@@ -18,8 +19,8 @@ LABELS = {"full_text": "full text", "4x": "spans 4x", "8x": "spans 8x", "16x": "
 def filled(page: str, results: dict[str, Any]) -> str:
     """The page with the tables of the results that there are."""
     for name, result in results.items():
-        rows = home_rows(result) if name == HOME else cost_rows(result) if name == COST else english_rows(result)
-        page = between(page, name, f"\n{table(rows)}\n")
+        rows_of = {HOME: home_rows, SEEDS: seed_rows, COST: cost_rows}.get(name, english_rows)
+        page = between(page, name, f"\n{table(rows_of(result))}\n")
     return page
 
 
@@ -31,6 +32,15 @@ def home_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
              **{f"{title}{', quoting' * (suffix != '')}": result[key].get(system + suffix)
                 for title, key in measures.items() for suffix in ("", "_quoted")}}
             for system, label in LABELS.items()]
+
+
+def seed_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """By system: exact match over the seeds, and what three retrieved chunks lose of it, freely and quoting."""
+    of = {row["system"]: row for row in result["rows"]}
+    measures = {"the right chunk": "em", "3 retrieved": "em_retrieved", "points lost": "points_lost"}
+    return [{"exact match, %": label, **{f"{title}{', quoting' * (suffix != '')}": of[system + suffix][key]
+                                         for title, key in measures.items() for suffix in ("", "_quoted")}}
+            for system, label in LABELS.items() if system in of]
 
 
 def english_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -60,4 +70,4 @@ def cost_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    fill(__doc__, "docs/quoting.md", (HOME, COST, *ENGLISH), filled)
+    fill(__doc__, "docs/quoting.md", (HOME, SEEDS, COST, *ENGLISH), filled)

@@ -32,10 +32,26 @@ def test_a_line_has_a_system_answering_freely_and_quoting() -> None:
         "3 retrieved, quoting": None, "false answers": None, "false answers, quoting": None}
 
 
+def test_points_lost_are_those_of_each_seed() -> None:
+    import home_seeds
+    import quoting_page
+
+    reports = [{"exact_match": {"8x": right, "8x_quoted": right + 1},
+                "exact_match_retrieved": {"8x": 90.0, "8x_quoted": 95.0},
+                "false_answers": {"8x": 2.0, "8x_quoted": 1.0}} for right in (96.0, 98.0)]
+    rows = home_seeds.rows_of(reports)
+    assert rows[0] == {"system": "8x", "em": "97.0 ± 1.0", "em_retrieved": "90.0 ± 0.0", "points_lost": "7.0 ± 1.0",
+                       "false_answers": "2.0 ± 0.0"}
+    assert quoting_page.seed_rows({"rows": rows}) == [{
+        "exact match, %": "spans 8x", "the right chunk": "97.0 ± 1.0", "the right chunk, quoting": "98.0 ± 1.0",
+        "3 retrieved": "90.0 ± 0.0", "3 retrieved, quoting": "95.0 ± 0.0", "points lost": "7.0 ± 1.0",
+        "points lost, quoting": "3.0 ± 1.0"}]
+
+
 def test_the_page_is_what_the_committed_results_say() -> None:
     import quoting_page
 
-    names = (quoting_page.HOME, quoting_page.COST, *quoting_page.ENGLISH)
+    names = (quoting_page.HOME, quoting_page.SEEDS, quoting_page.COST, *quoting_page.ENGLISH)
     results = {name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
                for name in names}
     assert quoting_page.filled(PAGE, results) == PAGE
