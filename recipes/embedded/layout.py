@@ -126,7 +126,7 @@ def lay_out(row: Row, separator: list[int], spans: dict[int, Span]) -> Flat:
             loss = branch.kind if i >= branch.answer_start else "question"
             if loss == "question" and branch.kind in ("cloze", "recall"):
                 continue
-            if loss == "answer" and i == branch.answer_start and row.source != "fictional":
+            if loss == "answer" and i == branch.answer_start and row.source.startswith(("squad", "fictional-")):
                 loss = "answer-first"
             elif loss == "answer" and row.source.startswith("fictional"):
                 loss = {"fictional-several": "answer-several", "fictional-short": "answer-short"}.get(
