@@ -13,6 +13,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 from cloze import SENTENCE_GAP, cloze_questions
@@ -33,6 +34,8 @@ UNRELATED = 0.03  # SQuAD rows that are also asked what they do not answer; 0.1 
 RECALLED = {"squad": 2, "wiki": 4, "fictional": 1}  # by source, how often a text in slots is to be gone on with
 MIN_RECALLED, MAX_RECALLED = 20, 24  # tokens: of a text, of what is said of it
 MISHEARD = 0.15  # share of a reconstruction's own past that is wrong: its place is to say what comes next
+ALIKE = 0.5  # share of several documents of one kind whose subjects have names alike, as those of retrieved ones have
+DRAWN = 40  # documents, of which the one is taken whose subject is most alike
 MAX_RECONSTRUCTED = 6.0  # beyond this factor slots are to hold what is asked for, and cannot hold every word
 BOS, EOS = "<|bos|>", "<|end|>"
 SPECIALS = ("<|pad|>", BOS, EOS, "<|system|>", "<|user|>", "<|assistant|>")
@@ -123,6 +126,12 @@ def shortened(document: FictionalDocument, facts: int) -> FictionalDocument:
     kept = tuple(q for q in document.questions if q.answer in document.text[:stop])
     lost = tuple(replace(q, answer=NOT_STATED) for q in document.questions if q not in kept)
     return replace(document, text=document.text[:stop], questions=kept, unanswerable=document.unanswerable + lost)
+
+
+def likeness(name: str, other: str) -> float:
+    """Share of two names' pairs of neighbouring letters that both have."""
+    pairs = [{f"{a}{b}" for word in n.lower().split() for a, b in pairwise(f" {word} ")} for n in (name, other)]
+    return len(pairs[0] & pairs[1]) / len(pairs[0] | pairs[1])
 
 
 class Corpus:
@@ -222,6 +231,15 @@ class Corpus:
         while True:
             document = self.fictional(rng, fact.partition(".")[0])[1]
             if document.questions[0].fact == fact:
+                return document
+
+    def fictional_like(self, rng: random.Random, other: FictionalDocument) -> FictionalDocument:
+        """A document of the same kind, whose subject has a name like the other's."""
+        while True:
+            drawn = [generate_document(rng, self.split, kind=other.kind) for _ in range(DRAWN)]
+            document = max((d for d in drawn if d.subject != other.subject),
+                           key=lambda d: likeness(d.subject, other.subject))
+            if len(self.ids(document.text)) <= MAX_CHUNK:
                 return document
 
     def fictional_branches(self, rng: random.Random, document: FictionalDocument, count: int,
@@ -349,9 +367,9 @@ class Corpus:
     def several_row(self, rng: random.Random, source: str, factors: list[float | None], short: bool = False) -> Row:
         """Several documents in any order, each as text or as slots; questions about all (SQuAD: about one) of them.
 
-        Fictional documents are most often of one kind, as retrieved ones are: only the subject tells them apart. With
-        `short` they keep one to three facts, the same one first, so that nothing but the name tells which is asked
-        for, and name and value stand close.
+        Fictional documents are most often of one kind, as retrieved ones are: only the subject tells them apart, and
+        half of these have names alike. With `short` they keep one to three facts, the same one first, so that nothing
+        but the name tells which is asked for, and name and value stand close.
         """
         prefix, middle = self.layout(rng)
         row = Row(prefix, [], source=source + ("-short" if short else "-several"))
@@ -361,7 +379,10 @@ class Corpus:
                 fact = self.fictional(rng)[1].questions[0].fact
                 documents = [shortened(self.beginning_with(rng, fact), rng.choice((1, 1, 2, 3))) for _ in factors]
             else:
-                documents = [self.fictional(rng, kind)[1] for _ in factors]
+                documents = [self.fictional(rng, kind)[1]]
+                alike = kind is not None and rng.random() < ALIKE
+                documents += [self.fictional_like(rng, documents[0]) if alike else self.fictional(rng, kind)[1]
+                              for _ in factors[1:]]
             contents = [self.ids(d.text) for d in documents]
             row.names = [self.mentions(d.text, d.subject) for d in documents]
             row.branches = self.telling_apart(rng, documents, middle)

@@ -51,7 +51,7 @@ MIXES = {
     "documents": Mix({"fictional": 1, "squad": 3}, {"fictional": 3, "squad": 6, "wiki": 2},
                      {"fictional": 10, "squad": 1}, as_text=(0.0,) * 6 + (0.3, 1.0), short=0.25, drilled=0.3,
                      factors={"fictional": MORE_FICTIONAL, "english": MORE_ENGLISH,
-                              "several": {2: 3, 3: 2, 4: 15, 6: 5, 8: 25, 12: 10, 16: 40}}),
+                              "several": {2: 3, 3: 2, 4: 12, 6: 5, 8: 20, 12: 10, 16: 50}}),
     "compressor": Mix({}, {"fictional": 4, "squad": 6, "wiki": 3}, {"fictional": 2, "squad": 1}),
 }
 ONWARD = ("answers", "documents")

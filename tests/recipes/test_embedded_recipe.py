@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
 from typing import Any
 
@@ -513,6 +514,28 @@ def test_a_step_has_the_rows_that_its_mix_names(corpus: Any, stage: str) -> None
     halved = step_rows(corpus, stage, rng, 1.0, 0.5, 4096, 8.0, 0.0, 2)
     assert {row.source.partition("-")[0] for row in halved} <= {"fictional", "random"}  # no English
     assert all(f is None or f <= 8 for row in halved for _, f in row.parts)
+
+
+def test_half_of_several_documents_of_one_kind_have_names_alike(corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import data
+
+    likeness = data.likeness
+    assert likeness("Comet Drirro", "Comet Drirro") == 1
+    assert likeness("comet drirro", "Comet Drirnel") > likeness("Comet Drirro", "Comet Wollot") > 0
+    assert likeness("Abo", "Xu") == 0
+    rng = random.Random(0)
+    document = corpus.fictional(rng)[1]
+    like = [corpus.fictional_like(rng, document) for _ in range(10)]
+    others = [corpus.fictional(rng, document.kind)[1] for _ in range(40)]
+    assert {d.kind for d in like} == {document.kind}
+    assert document.subject not in {d.subject for d in like}
+    assert min(likeness(d.subject, document.subject) for d in like) > fmean(
+        likeness(d.subject, document.subject) for d in others)
+    drawn: list[str] = []
+    monkeypatch.setattr(corpus, "fictional_like", lambda rng, other: drawn.append(other.kind) or document)
+    for _ in range(200):
+        corpus.several_row(rng, "fictional", [4.0, 4.0])
+    assert 50 < len(drawn) < 100  # half of the three in four that are of one kind
 
 
 def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
