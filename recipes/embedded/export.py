@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--nested", type=float, nargs="+", help="factors at which one span can be read")
     args = parser.parse_args()
     shape = Shape()
     model = Model(shape)
@@ -72,7 +73,8 @@ def main() -> None:
     memory[0], memory[1] = model.special[0].detach(), model.special[1].detach()
     config = ICAEConfig(num_memory_tokens=1, segment_tokens=MAX_CHUNK, compression_factor=4.0,
                         slots="proportional", slot_positions="spread", delimiters=("reconstruct",),
-                        lora_rank=shape.lora_rank, lora_alpha=shape.lora_alpha, lora_targets=PROJECTIONS)
+                        lora_rank=shape.lora_rank, lora_alpha=shape.lora_alpha, lora_targets=PROJECTIONS,
+                        nested=tuple(args.nested) if args.nested else None)
     compressor = ICAECompressor(backbone, config, memory_tokens=memory)
     adapter = compressor.encoder.state_dict()
     for i, block in enumerate(model.blocks):

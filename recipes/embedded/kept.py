@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from data import Corpus, Row
 from layout import num_slots
 from model import Model, Shape
-from objective import Encode, encode_spans
+from objective import Encode, coarsest_first, encode_spans
 from packed import Packing
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -101,7 +101,9 @@ def encode_kept(model: Model, spans: list[tuple[list[int], float]]) -> tuple[Ten
     return model.entries(texts, kept), kept
 
 
-MEMORIES: dict[str, tuple[type[Model], Encode]] = {"slots": (Model, encode_spans), "kept": (Keeper, encode_kept)}
+MEMORIES: dict[str, tuple[type[Model], Encode]] = {
+    "slots": (Model, encode_spans), "nested": (Model, partial(encode_spans, order=coarsest_first)),
+    "kept": (Keeper, encode_kept)}
 
 
 def without_wording(row: Row) -> Row:

@@ -40,8 +40,8 @@ class Mix:
         "fictional": FICTIONAL, "several": FICTIONAL, "english": ENGLISH})
 
 
-# A stage each; "answers" and "documents" stand for the joint stage of released weights that go on: they have their
-# drill behind them, and are shown what they still lose most of, SQuAD at 4x or several documents at 8x and 16x.
+# A stage each; the others stand for stages of released weights that go on: they have their drill behind them, and are
+# shown what they still lose most of, SQuAD at 4x, several documents at 8x and 16x, or how slots are nested.
 MIXES = {
     "text": Mix({"fictional": 1, "squad": 12, "wiki": 1}, {}, {"fictional": 1, "squad": 1}, as_text=(1.0,)),
     "joint": Mix({"fictional": 1, "squad": 5}, {"fictional": 3, "squad": 8, "wiki": 3}, {"fictional": 2, "squad": 1}),
@@ -52,9 +52,13 @@ MIXES = {
                      {"fictional": 10, "squad": 1}, as_text=(0.0,) * 6 + (0.3, 1.0), short=0.25, drilled=0.3,
                      factors={"fictional": MORE_FICTIONAL, "english": MORE_ENGLISH,
                               "several": {2: 3, 3: 2, 4: 12, 6: 5, 8: 20, 12: 10, 16: 50}}),
+    "nested": Mix({}, {"fictional": 5, "squad": 5, "wiki": 2}, {"fictional": 6, "squad": 1},
+                  as_text=(0.0,) * 5 + (0.3,), short=0.25, drilled=0.5,
+                  factors={"fictional": {4: 40, 8: 30, 16: 30}, "several": {4: 40, 8: 30, 16: 30},
+                           "english": {4: 85, 8: 15}}),
     "compressor": Mix({}, {"fictional": 4, "squad": 6, "wiki": 3}, {"fictional": 2, "squad": 1}),
 }
-ONWARD = ("answers", "documents")
+ONWARD = ("answers", "documents", "nested")
 
 
 def draw_factor(rng: random.Random, progress: float, limit: float, factors: Factors) -> float:

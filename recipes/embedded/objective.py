@@ -17,6 +17,8 @@ from parallel import total
 from teaching import distillation_loss
 from torch import Tensor
 
+from ctxcomp_rag.compressors.nested import coarse_to_fine
+
 # The losses that tell the first heads of a block where to look: a token of a question, where the context has the same
 # one; what predicts an answer, at the name that the question has; by the same head, a token of one of several
 # documents, at the name of what this document is about, and what predicts an answer, at the name in question; the first
@@ -44,18 +46,31 @@ def token_weights(counts: dict[str, int]) -> dict[str, float]:
 
 # Texts and how much to compress them -> what stands in their place, and by text the tokens that it sits on.
 Encode = Callable[[Model, list[tuple[list[int], float]]], tuple[Tensor, list[list[int]]]]
+FINEST = 4.0  # factor of nested spans whose slots are all read
 
 
-def encode_spans(model: Model, spans: list[tuple[list[int], float]]) -> tuple[Tensor, list[list[int]]]:
-    """Slots of all spans, in order, and by span the places of its slots in the text."""
-    spread = [slot_places(len(ids), num_slots(len(ids), f)) for ids, f in spans]
-    packing = Packing([(len(ids) + len(on), ()) for (ids, _), on in zip(spans, spread, strict=True)])
+def in_text_order(length: int, factor: float) -> list[int]:
+    return slot_places(length, num_slots(length, factor))
+
+
+def coarsest_first(length: int, factor: float) -> list[int]:
+    """The places of nested slots, in the order in which the encoder makes them (`ctxcomp_rag.compressors.nested`)."""
+    places = slot_places(length, num_slots(length, FINEST))
+    return [places[j] for j in coarse_to_fine(len(places))[: num_slots(length, max(FINEST, factor))]]
+
+
+def encode_spans(model: Model, spans: list[tuple[list[int], float]],
+                 order: Callable[[int, float], list[int]] = in_text_order) -> tuple[Tensor, list[list[int]]]:
+    """Slots of all spans, in text order, and by span the places of its slots in the text."""
+    made = [order(len(ids), f) for ids, f in spans]
+    packing = Packing([(len(ids) + len(on), ()) for (ids, _), on in zip(spans, made, strict=True)])
     ids, places, where = [], [], []
-    for (text, _), on, begin in zip(spans, spread, packing.begins, strict=False):
+    for (text, _), on, begin in zip(spans, made, packing.begins, strict=False):
         ids += text + [model.shape.vocab_size] * len(on)
         places += [*range(len(text)), *on]
-        where += range(begin + len(text), begin + len(text) + len(on))
-    return model.encode(torch.tensor(ids), torch.tensor(places), packing, torch.tensor(where)), spread
+        where += [begin + len(text) + j for j in sorted(range(len(on)), key=on.__getitem__)]
+    return (model.encode(torch.tensor(ids), torch.tensor(places), packing, torch.tensor(where)),
+            [sorted(on) for on in made])
 
 
 def pointing_loss(tapped: tuple[Tensor, Tensor], flats: list[Flat], kind: str, heads: int,

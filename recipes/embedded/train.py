@@ -179,7 +179,7 @@ def main() -> None:
         began, recent = time.time(), []
         for step in range(start_step if stage == start_stage else 0, steps):
             rng = random.Random(f"{args.seed}/{stage}/{step}")
-            rows = step_rows(corpus, args.rows if args.begun and stage == "joint" else stage, rng,
+            rows = step_rows(corpus, args.rows if args.begun else stage, rng,
                              schedule.progress(stage, step), args.scale, shape.vocab_size, schedule.max_factor,
                              args.english, 8 if step < COPYING else 2)
             if args.memory == "kept":

@@ -42,6 +42,14 @@ def test_the_first_powers_of_two_stand_where_so_many_slots_would_be_spread() -> 
 
 
 @pytest.mark.parametrize("length", [20, 47, 61])
+def test_twice_the_factor_reads_every_second_slot(length: int) -> None:
+    all_places = sorted(CONFIG.slot_places(length, CONFIG.num_slots(length, 2.0)))
+    for step in (2, 4, 8):
+        count = CONFIG.num_slots(length, 2.0 * step)
+        assert sorted(CONFIG.slot_places(length, count)) == all_places[::-1][::step][::-1]
+
+
+@pytest.mark.parametrize("length", [20, 47, 61])
 def test_every_beginning_of_the_order_covers_the_text(length: int) -> None:
     """No gap between neighbouring slots is more than about twice that of slots that are spread evenly."""
     pieces = CONFIG.num_slots(length, 2.0)

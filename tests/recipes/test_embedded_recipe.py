@@ -21,6 +21,8 @@ from tokenizers import Tokenizer
 
 import ctxcomp_rag
 from ctxcomp_rag import Chunk, SoftSpan, load_frozen, load_trained_compressor
+from ctxcomp_rag.compressors.icae import ICAECompressor
+from ctxcomp_rag.training.run import nested_from
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "embedded"
 ASSETS = Path(ctxcomp_rag.__file__).parent / "assets"
@@ -495,7 +497,7 @@ def test_of_squads_rows_a_share_is_drilled_in_what_is_asked_of_any_text(corpus: 
         assert all(any(b.kind == "reconstruct" for b in row.branches) == bool(drilled) for row in rows)
 
 
-@pytest.mark.parametrize("stage", ["text", "joint", "answers", "documents", "compressor"])
+@pytest.mark.parametrize("stage", ["text", "joint", "answers", "documents", "nested", "compressor"])
 def test_a_step_has_the_rows_that_its_mix_names(corpus: Any, stage: str) -> None:
     from mix import MIXES, step_rows
 
@@ -562,6 +564,28 @@ def test_training_goes_on_from_the_very_weights_that_the_package_loads(recipe: M
     span = load_trained_compressor("icae", backbone).compress([chunk], compression_factor=4.0)[0]
     assert isinstance(span, SoftSpan)
     torch.testing.assert_close(slots, span.embeds, atol=1e-3, rtol=0)
+
+
+def test_nested_slots_are_those_that_the_package_makes(recipe: ModuleType) -> None:
+    from kept import MEMORIES
+    from model import Shape
+    from released import load_released
+
+    backbone = load_frozen("embedded")
+    kind, encode = MEMORIES["nested"]
+    model = kind(Shape())
+    load_released(model, ASSETS)
+    released = load_trained_compressor("icae", backbone)
+    assert isinstance(released, ICAECompressor)
+    nested = nested_from(released, (4.0, 8.0, 16.0))
+    texts = ["The Alborz lighthouse was built in 1904 by Ana Ruiz.", "Nothing else is known about it, and nobody asks."]
+    ids = [backbone.tokenizer.encode(text) for text in texts]
+    for factor in (4.0, 8.0, 16.0):
+        spans = nested.compress([Chunk("d", t, 0, len(t), 1) for t in texts], compression_factor=factor)
+        with torch.no_grad():
+            slots, places = encode(model, [(i, factor) for i in ids])
+        assert places == [span.positions.tolist() for span in spans]
+        torch.testing.assert_close(slots, torch.cat([span.embeds for span in spans]), atol=1e-3, rtol=0)
 
 
 def test_a_control_learns_its_compressor_at_the_rate_of_the_joint_stage(recipe: ModuleType) -> None:
