@@ -150,6 +150,7 @@ def test_the_answer_survives_with_a_quarter_of_the_entries_when_the_question_is_
     compressor = InfiniPotCompressor(backbone)
     questions = single_document_questions(compressor, documents=8, seed=3)
     assert score_question_aware(backbone, questions, factor=4.0).exact_match == 100.0
+    assert score_question_aware(backbone, questions, factor=8.0).exact_match >= 75.0  # of 100 documents (kept.json)
 
 
 # -- distilling ------------------------------------------------------------------------------------------------------
