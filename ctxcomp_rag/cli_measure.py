@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from ctxcomp_rag.cli_output import IndexDir, Json, Model, print_json, quiet, to_out
+from ctxcomp_rag.cli_output import IndexDir, Json, Model, print_json, quiet, to_err, to_out
+from ctxcomp_rag.errors import InputError
 
 
 class Setting(StrEnum):
@@ -29,7 +31,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(help="The task's file, the folder it is in, or for tasks of the Hugging "
                                               "Face hub an id; home and needle need none.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Questions, drawn by the seed.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the questions and of the confidence intervals.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the questions and of the confidence intervals.")] = 1,
     setting: Annotated[Setting, typer.Option(help="Give the chunks that hold the answer, the retrieved ones, or both "
                                              "in turn.")] = Setting.both,
     factor: Annotated[list[float] | None, typer.Option(help="Source tokens per slot; may be repeated (default: 4, 8, "
@@ -41,26 +43,34 @@ def evaluate(
                                                     "rotated3, rotated2; may be repeated.")] = None,
     mixed: Annotated[bool, typer.Option("--mixed", help="Also the best chunk as text, the others as spans.")] = False,
     quote: Annotated[bool, typer.Option("--quote", help="Also full text, spans and cut text with answers held to the "
-                                        "words of the chunks.")] = False,
+                                        "words of the chunks; for tasks that ask questions.")] = False,
     llmlingua: Annotated[str | None, typer.Option(help="Also text of which this LLMLingua-2 model (a folder or hub id) "
                                                   "keeps the words that matter.")] = None,
     model: Model = "embedded",
     top_k: Annotated[int, typer.Option(min=1, help="Chunks to retrieve.")] = 3,
-    out: Annotated[Path | None, typer.Option(help="Write the result, with every answer, to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The JSON file to write the result to, with every answer (default: "
+                                             "eval_TASK_DATE-TIME.json in the current folder).")] = None,
     as_json: Json = False,
 ) -> None:
     """Score full text, spans, truncated text and no context on the same questions and the same hits."""
     from ctxcomp_rag.backbone import load_frozen
     from ctxcomp_rag.compressors import possible_factors
     from ctxcomp_rag.evaluation.extractive import LLMLingua2
-    from ctxcomp_rag.evaluation.provenance import provenance, write_result
+    from ctxcomp_rag.evaluation.provenance import measured, provenance, require_writable, write_result
     from ctxcomp_rag.evaluation.run import SETTINGS, run_task
     from ctxcomp_rag.evaluation.systems import default_systems, further_systems
-    from ctxcomp_rag.evaluation.tasks import task_named
+    from ctxcomp_rag.evaluation.tasks import TASKS, task_named
     from ctxcomp_rag.pipeline import load_trained_compressor
     from ctxcomp_rag.retrieval import load_retrieval_encoder
 
-    posed = task_named(task).load(data, limit, seed)
+    asking = task_named(task)
+    if quote and asking.ask != "question":
+        those = ", ".join(name for name, other in TASKS.items() if other.ask == "question")
+        raise InputError(f"--quote is for tasks that ask questions, and {task!r} asks none; leave it out, or take one "
+                         f"of {those}")
+    out = out or Path(f"eval_{task}_{time.strftime('%Y%m%d-%H%M%S')}.json")
+    require_writable(out)
+    posed = asking.load(data, limit, seed)
     quiet()
     backbone = load_frozen(model)
     named = {name: load_trained_compressor(saved, backbone)
@@ -70,6 +80,7 @@ def evaluate(
     systems = default_systems(factors) + further_systems(
         {name: made for name, made in named.items() if made is not maker}, factors, codecs=codec or (), mixed=mixed,
         extractor=LLMLingua2(llmlingua, backbone.tokenizer) if llmlingua else None, quote=quote)
+    about = {"task": task, "seed": seed, "top_k": top_k, **measured(asking.files(data), backbone, named)}
     chosen = SETTINGS if setting is Setting.both else (setting.value,)
     with tqdm(desc="eval", unit="answer", file=sys.stderr, disable=None) as bar:
         def advance(what: str, answered: int) -> None:
@@ -78,9 +89,9 @@ def evaluate(
 
         result = run_task(posed, maker, load_retrieval_encoder(), settings=chosen, systems=systems, top_k=top_k,
                           seed=seed, progress=advance)
-    report = {"task": task, "seed": seed, "top_k": top_k, **result.to_json()}
-    if out is not None:
-        write_result(out, report)
+    report = {**about, **result.to_json()}
+    write_result(out, report)
+    to_err.print(f"result: {out}")
     if as_json:
         print_json({**provenance(), **{k: v for k, v in report.items() if k != "answers"}})
         return

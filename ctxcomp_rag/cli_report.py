@@ -12,7 +12,7 @@ from ctxcomp_rag.errors import InputError
 
 
 def report(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="JSON files of `ctxcomp eval --out` and of "
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="JSON files of `ctxcomp eval` and of "
                                                   "benchmarks/results.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     as_json: Json = False,

@@ -76,6 +76,8 @@ def readable_dataset(name: str, otherwise: str) -> Iterator[None]:
 
 def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], place: str) -> Any:
     """A field of the expected type; raises InputError that names what is there instead."""
+    if not isinstance(record, dict):  # records of a record come as the file has them
+        raise InputError(f"{place}: expected an object, got {type(record).__name__}")
     if name not in record:
         raise InputError(f"{place}: expected a field {name!r}, found {', '.join(map(repr, record)) or 'none'}")
     if not isinstance(record[name], kind):

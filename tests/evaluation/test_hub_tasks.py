@@ -13,7 +13,7 @@ from ctxcomp_rag.evaluation.tasks import task_named
 from ctxcomp_rag.evaluation.tasks.gsm8k import last_number
 from ctxcomp_rag.evaluation.tasks.incontext import SHOTS
 
-TRIVIA = {"question": "Where is the tower?", "answer": {"value": "Varn", "aliases": ["Varn", "City of Varn"]},
+TRIVIA = {"question": "Where is the tower?", "answer": {"value": "Varn", "aliases": ["Varn", "", "City of Varn"]},
           "entity_pages": {"wiki_context": ["Nothing here.", "The tower of varn is tall.", " "]}}
 NQ = {"question": {"text": "how tall is it"},
       "document": {"tokens": {"token": ["<P>", "It", "is", "31", "metres", "tall", "</P>"],
@@ -131,6 +131,7 @@ def test_without_network_a_data_set_says_what_to_pass(name: str) -> None:
     ("triviaqa", {**TRIVIA, "answer": "Varn"}, "record 0: expected dict in 'answer', got str"),
     ("nq", {k: v for k, v in NQ.items() if k != "document"}, "expected a field 'document'"),
     ("summarisation", {"article": "x"}, "expected a field 'summary', found 'article'"),
+    ("summarisation", {"article": "x", "highlights": " "}, "record 0: the question .* has no answer to compare with"),
 ])
 def test_a_record_of_another_form_is_named(name: str, record: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):

@@ -97,6 +97,18 @@ def test_the_frontier_holds_what_nothing_beats_in_both() -> None:
     assert by_time(points[:1], "F1", Styles(6)) is None
 
 
+def test_no_label_covers_another_and_one_without_room_is_left_out() -> None:
+    points = [Point("", f"a{i}", f"a long name {i}", None, 50.0, first_token_ms=50.0 + i / 10) for i in range(30)]
+    chart = by_time(points, "F1", Styles(6))
+    assert chart is not None
+    shown = [m for line in chart.lines for m in line.marks if m.label]
+    assert 1 < len(shown) < 30
+    for one in shown:
+        width = 5 * len(one.label)
+        assert not [o for o in shown if o is not one and abs(o.label_y - one.label_y) < 9
+                    and one.label_x - width < o.label_x < one.label_x + width]
+
+
 def test_bars_are_shares_of_the_largest() -> None:
     points = [Point("", "a", "a", None, 0.0, positions=20.0), Point("", "b", "b", None, 0.0),
               Point("", "c", "c", None, 0.0, positions=5.0)]
@@ -163,9 +175,26 @@ def test_needles_become_a_grid() -> None:
     path = next(p for p in RESULTS if p.stem == "needle")
     rows = json.loads(path.read_text())["rows"]
     grids = {g.reader: g for g in read_result(path).needles}
+    assert {g.unit for g in grids.values()} == {"tokens"}
     assert {r["reader"].replace("_", " ") for r in rows} == set(grids)
     for r in rows:
         assert grids[r["reader"].replace("_", " ")].found[r["depth"], r["tokens"]] == r["found"]
+
+
+def test_needles_that_eval_asked_for_become_grids_of_depth_and_documents(tmp_path: Path) -> None:
+    said = {"retrieved/4x": "31", "oracle/no_context": ""}
+    answers = [{"question": "?", "expected": ["31 m"], "depth": depth, "documents": length, "oracle/4x": text, **said}
+               for depth, length, text in [(0.0, 2.0, "The 31 m."), (0.0, 2.0, "7 m"), (0.5, 2.0, "7 m"),
+                                           (0.0, 8.0, "31 m")]]
+    path = tmp_path / "needle.json"
+    path.write_text(json.dumps({"task": "needle", "rows": ROWS, "answers": [*answers, *ANSWERS]}))
+    grids = {g.reader: g for g in read_result(path).needles}
+    assert set(grids) == {"oracle: 4x", "retrieved: 4x", "oracle: no context"}
+    grid = grids["oracle: 4x"]
+    assert (grid.unit, grid.depths, grid.lengths) == ("documents", (0.0, 0.5), (2, 8))
+    assert grid.found == {(0.0, 2): 50.0, (0.5, 2): 0.0, (0.0, 8): 100.0}
+    assert set(grids["retrieved: 4x"].found.values()) == {0.0}
+    assert "columns: documents of context" in render_report([path])
 
 
 @pytest.mark.parametrize(("content", "message"), [

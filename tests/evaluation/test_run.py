@@ -18,7 +18,7 @@ from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.metrics import exact_match, mean, token_f1
 from ctxcomp_rag.evaluation.run import TaskResult, run_task
 from ctxcomp_rag.evaluation.scoring import interval
-from ctxcomp_rag.evaluation.systems import default_systems, further_systems
+from ctxcomp_rag.evaluation.systems import System, default_systems, further_systems
 from ctxcomp_rag.evaluation.tasks import Asked, TaskData
 from tests.tiny_models import tiny_backbone
 
@@ -102,6 +102,30 @@ def test_the_interval_is_that_of_the_resampled_mean() -> None:
     assert 38 <= low <= 42  # 50 -+ 1.96 * 50 / sqrt(100)
     assert 58 <= high <= 62
     assert interval([100.0] * 9, seed=0) == (100.0, 100.0)
+
+
+@pytest.mark.parametrize(("answers", "place", "given"), [
+    (("harbour",), (84, 91), [1]),  # the chunk of the place, although others state the answer too
+    (("osk. the tower",), (216, 230), [2, 3]),  # a border cuts the place: both sides of it
+    (("osk. the tower", "Tall"), (216, 230), [3, 4]),  # where it is cut, another accepted answer is stated whole
+    (("nothing",), (900, 907), [0, 1, 2, 3, 4]),  # the place is not in the document
+])
+def test_the_oracle_gives_the_chunk_of_the_answers_place_else_those_that_state_it_else_its_parts(
+        answers: tuple[str, ...], place: tuple[int, int], given: list[int]) -> None:
+    compressor = ICAECompressor(tiny_backbone("llama"), CONFIG)
+    document = Document("d", "the ship lies in the harbour of osk. " * 6 + "the tower of varn is tall. " * 6)
+    chunks = split_document(document, compressor.backbone.tokenizer, max_tokens=CONFIG.segment_tokens)
+    assert [c.end for c in chunks] == [73, 147, 221, 329, 384]
+    read: list[str] = []
+
+    def extractor(text: str, factor: float) -> str:
+        read.append(text)
+        return text
+
+    data = TaskData((document, *DATA.documents), (Asked("where?", answers, ("a", "d"), place=("d", *place)),))
+    run_task(data, compressor, WordVectors(), settings=["oracle"], timed=0,
+             systems=[System("extractive", "extractive", 4.0, extractor=extractor)])
+    assert read == [chunks[i].text for i in given]
 
 
 def test_an_unknown_setting_or_an_empty_task_is_refused() -> None:

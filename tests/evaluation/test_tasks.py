@@ -96,7 +96,12 @@ def test_a_task_without_its_file_says_which_one_it_reads(name: str, tmp_path: Pa
     ({"question": "a?", "context": "x"}, "line 1: expected a field 'answer', found 'question', 'context'"),
     ({"question": "a?", "answer": 3, "context": "x"}, "line 1: expected str in 'answer', got int"),
     ({"question": "a?", "answer": " ", "context": "x"}, "line 1: the question 'a\\?' has no answer to compare with"),
-    ({"question": " ", "answer": "b", "context": "x"}, "line 1: a question is empty"),
+    ({"question": " ", "answer": "b", "context": "x"}, r"^q\.jsonl line 1: a question is empty"),
+    ({"answer": "b", "context": "x"}, r"^q\.jsonl line 1: expected a field 'question'"),
+    ({"question": "a?", "answers": ["", "31 m"], "context": "x"}, r"^q\.jsonl line 1: one of the answers .* is blank"),
+    ({"question": "a?", "answers": [None], "context": "x"}, r"^q\.jsonl line 1: expected texts in 'answers', got None"),
+    ({"question": "a?", "answers": ["b", 3], "context": "x"}, "line 1: expected texts in 'answers', got 3; put it in"),
+    ({"question": "a?", "answers": [], "context": "x"}, "line 1: the question 'a\\?' has no answer to compare with"),
     ({"question": "a?", "answer": "b", "context": ["x", ""]}, "line 1: expected text in 'context'"),
     ({"question": "a?", "answer": "b"}, "expected a field 'context'"),
 ])
@@ -115,3 +120,36 @@ def test_a_file_that_is_not_squad_is_refused(content: bytes, message: str, tmp_p
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         task_named("squad").load(path, 5, 0)
+
+
+PLACE = r"^squad\.json article 0, paragraph 0, question 1: "
+
+
+@pytest.mark.parametrize(("qa", "message"), [
+    ({"question": "?", "answers": [{"text": "31", "answer_start": "two"}]}, "expected int in 'answer_start', got str"),
+    ({"question": "who?", "answers": []}, "the question 'who\\?' has no answer to compare with; give it one, or leave"),
+    ({"question": "who?", "answers": ["31"]}, "expected an object, got str"),
+    ({"question": "who?", "answers": [{"text": "31"}, {"text": " "}]}, "one of the answers .* is blank"),
+    ({"question": " ", "answers": [{"text": "31"}]}, "a question is empty"),
+    (["who?"], "expected an object, got list"),
+])
+def test_a_question_of_squad_that_cannot_be_used_is_named_with_its_place(qa: Any, message: str, tmp_path: Path) -> None:
+    paragraph = SQUAD["data"][0]["paragraphs"][0]
+    content = {"data": [{"paragraphs": [{**paragraph, "qas": [*paragraph["qas"], qa]}]}]}
+    with pytest.raises(InputError, match=PLACE + message):
+        task_named("squad").load(written(tmp_path / "squad.json", content), 5, 0)
+
+
+def test_an_answer_without_a_place_in_squad_is_asked_of_the_whole_paragraph(tmp_path: Path) -> None:
+    qas = [{"question": "who?", "answers": [{"text": "31"}]}]
+    content = {"data": [{"paragraphs": [{"context": "31 of them", "qas": qas}]}]}
+    [asked] = task_named("squad").load(written(tmp_path / "squad.json", content), 5, 0).asked
+    assert (asked.gold, asked.place) == (("squad/0/0",), None)
+
+
+def test_a_task_names_the_files_that_it_reads(tmp_path: Path) -> None:
+    squad = written(tmp_path / "squad-dev-v1.1.json.xz", SQUAD)
+    assert task_named("squad").files(tmp_path) == task_named("squad").files(squad) == [squad]
+    assert task_named("home").files(squad) == task_named("needle").files(None) == []
+    assert task_named("gsm8k").files(squad) == task_named("gsm8k").files(tmp_path) == [squad]
+    assert task_named("nq").files(Path("somebody/natural_questions")) == []  # an id of the hub

@@ -127,7 +127,7 @@ def quality_by_time(points: Sequence[Point], measure: str, styles: Styles, *, lo
             at = x(p.first_token_ms or 0), y(p.quality)
             label = p.series if p.factor is None or p.series == FULL_TEXT else f"{p.factor:g}x"
             place = _free_place(*at, label, placed)
-            marks.append(Mark(*at, _said(p, measure), label, *place))
+            marks.append(Mark(*at, _said(p, measure), label, *place) if place else Mark(*at, _said(p, measure)))
         lines.append(Line(series, styles[series], tuple(marks), joined=False))
     sign = -1 if lower_is_better else 1
     frontier: list[tuple[float, float]] = []
@@ -181,17 +181,19 @@ def _scale(low: float, high: float, begin: float, end: float) -> Callable[[float
     return lambda value: round(begin + (end - begin) * ((value - low) / size if size else 0.5), 1)
 
 
-def _free_place(x: float, y: float, label: str, taken: list[tuple[float, float, float, float]]) -> tuple[float, float]:
-    """Left end of the baseline of a label beside (x, y) that covers no other; its box is added to `taken`."""
+def _free_place(x: float, y: float, label: str, taken: list[tuple[float, float, float, float]]
+                ) -> tuple[float, float] | None:
+    """Left end of the baseline of a label beside (x, y) that covers no other, added to `taken`; None where there is no
+    room: labels over each other say less than the legend."""
     width = _LETTER * len(label)
     tried = [(x + dx, y + dy) for dy in (4.0, -8.0, 17.0, -21.0, 30.0) for dx in (8.0, -8.0 - width, -width / 2)]
     inside = [(a, b) for a, b in tried if a >= LEFT and a + width <= WIDTH and b - 9 >= TOP - 4 and b <= BOTTOM]
-    for a, b in inside or tried:
+    for a, b in inside:
         box = a, b - _LINE + 3, a + width, b + 3
         if not any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken):
-            break
-    taken.append((a, b - _LINE + 3, a + width, b + 3))
-    return round(a, 1), round(b, 1)
+            taken.append(box)
+            return round(a, 1), round(b, 1)
+    return None
 
 
 def _said(p: Point, measure: str) -> str:

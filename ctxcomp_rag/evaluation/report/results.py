@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxcomp_rag.errors import InputError
-from ctxcomp_rag.evaluation.metrics import normalise
+from ctxcomp_rag.evaluation.metrics import exact_match, mean, normalise
 from ctxcomp_rag.records import read_json
 
 MEASURES = {"f1": "F1", "em": "exact match", "exact_match": "exact match", "rouge_l": "ROUGE-L", "bleu": "BLEU",
@@ -58,11 +58,17 @@ class Point:
 
 @dataclass(frozen=True)
 class NeedleGrid:
-    """How often a needle was found, per cent, by its depth (rows) and the context's tokens; None: not measurable."""
+    """How often a needle was found, per cent, by its depth (rows) and the length of the context (columns).
+
+    Attributes:
+        unit: of the lengths, "tokens" or "documents".
+        found: by depth and length; None: not measurable.
+    """
 
     reader: str
+    unit: str
     depths: tuple[float, ...]
-    tokens: tuple[int, ...]
+    lengths: tuple[int, ...]
     found: Mapping[tuple[float, int], float | None]
 
 
@@ -113,10 +119,10 @@ def read_result(path: Path) -> Result:
     scored = _list_of_objects(content.get("scores")) or rows  # benchmarks/kept.py has its points there
     field = next((f for f in MEASURES if any(_number(r.get(f)) is not None for r in scored)), None)
     points = _points(scored, field) if field else []
+    answers = _list_of_objects(content.get("answers"))
     return Result(
         str(content.get("task") or path.stem), MEASURES[field] if points and field else "", tuple(points),
-        tuple(_needles(rows)), tuple(_examples(_list_of_objects(content.get("answers")))), _provenance(content),
-        tuple(rows))
+        (*_needles(rows), *_asked_needles(answers)), tuple(_examples(answers)), _provenance(content), tuple(rows))
 
 
 def _points(rows: Sequence[Mapping[str, Any]], field: str) -> list[Point]:
@@ -157,26 +163,53 @@ def _needles(rows: Sequence[Mapping[str, Any]]) -> list[NeedleGrid]:
         reader = row.get("reader", row.get("system"))
         if isinstance(reader, str) and depth is not None and tokens is not None and "found" in row:
             found.setdefault(reader, {})[depth, int(tokens)] = _number(row["found"])
-    return [NeedleGrid(reader.replace("_", " "), tuple(sorted({d for d, _ in cells})),
-                       tuple(sorted({t for _, t in cells})), cells) for reader, cells in found.items()]
+    return [_grid(reader, "tokens", cells) for reader, cells in found.items()]
+
+
+def _asked_needles(answers: Sequence[Mapping[str, Any]]) -> list[NeedleGrid]:
+    """Of `ctxcomp eval --task needle`: the share of the questions at each place that a system answers exactly."""
+    found: dict[str, dict[tuple[float, int], list[float]]] = {}
+    for answer in answers:
+        depth, documents = _number(answer.get("depth")), _number(answer.get("documents"))
+        if depth is None or documents is None:
+            continue
+        for setting, said in _by_setting(answer).items():
+            for system, text in said.items():
+                cells = found.setdefault(f"{setting}: {system}", {})
+                cells.setdefault((depth, int(documents)), []).append(exact_match(text, _accepted(answer)))
+    return [_grid(reader, "documents", {place: round(100 * mean(hits), 1) for place, hits in cells.items()})
+            for reader, cells in found.items()]
+
+
+def _grid(reader: str, unit: str, cells: Mapping[tuple[float, int], float | None]) -> NeedleGrid:
+    return NeedleGrid(reader.replace("_", " "), unit, tuple(sorted({d for d, _ in cells})),
+                      tuple(sorted({n for _, n in cells})), cells)
+
+
+def _by_setting(answer: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What each system said in each setting."""
+    said: dict[str, dict[str, str]] = {}
+    for key, text in answer.items():
+        setting, slash, system = key.partition("/")
+        if slash and isinstance(text, str):
+            said.setdefault(setting, {})[system] = text
+    return said
+
+
+def _accepted(answer: Mapping[str, Any]) -> tuple[str, ...]:
+    expected = answer.get("expected", "")
+    return tuple(map(str, expected)) if isinstance(expected, list) else (str(expected),)
 
 
 def _examples(answers: Sequence[Mapping[str, Any]]) -> list[Example]:
     """Those where spans and full text differ by more than case, punctuation and articles."""
     examples = []
     for answer in answers:
-        expected = answer.get("expected", "")
-        by_setting: dict[str, dict[str, str]] = {}
-        for key, text in answer.items():
-            setting, slash, system = key.partition("/")
-            if slash and isinstance(text, str):
-                by_setting.setdefault(setting, {})[system] = text
-        for setting, said in by_setting.items():
+        for setting, said in _by_setting(answer).items():
             full = said.get("full_text")
             spans = [t for s, t in said.items() if s != "no_context" and not s.startswith("truncated")]
             if full is not None and any(normalise(t) != normalise(full) for t in spans):
-                accepted = tuple(map(str, expected)) if isinstance(expected, list) else (str(expected),)
-                examples.append(Example(setting, str(answer.get("question", "")), accepted, said))
+                examples.append(Example(setting, str(answer.get("question", "")), _accepted(answer), said))
     return examples
 
 

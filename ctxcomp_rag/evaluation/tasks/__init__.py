@@ -3,7 +3,7 @@
 from difflib import get_close_matches
 
 from ctxcomp_rag.errors import InputError
-from ctxcomp_rag.evaluation.tasks.base import Asked, Task, TaskData
+from ctxcomp_rag.evaluation.tasks.base import Ask, Asked, Task, TaskData
 from ctxcomp_rag.evaluation.tasks.gsm8k import GSM8K
 from ctxcomp_rag.evaluation.tasks.home import Home
 from ctxcomp_rag.evaluation.tasks.hotpotqa import HotpotQA
@@ -31,4 +31,4 @@ def task_named(name: str) -> Task:
     return TASKS[name]
 
 
-__all__ = ["TASKS", "Asked", "Task", "TaskData", "task_named"]
+__all__ = ["TASKS", "Ask", "Asked", "Task", "TaskData", "task_named"]

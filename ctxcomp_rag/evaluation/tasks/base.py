@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.errors import InputError
+
+Ask = Literal["question", "repeat", "continue"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Asked:
     """One question.
 
     Attributes:
-        answers: those that count as right; never empty.
+        answers: those that count as right; at least one, and none of them blank.
         gold: ids of the documents that a reader needs; what the oracle setting gives.
         pool: ids of the documents that retrieval searches; all documents of the task where it is empty.
         place: document id and character range of the answer, where the task knows it.
@@ -35,7 +37,19 @@ class Asked:
         if not self.question.strip():
             raise InputError("a question is empty")
         if not any(a.strip() for a in self.answers):
-            raise InputError(f"the question {self.question!r} has no answer to compare with")
+            raise InputError(f"the question {self.question!r} has no answer to compare with; give it one, or leave "
+                             "it out")
+        if not all(a.strip() for a in self.answers):  # saying nothing would be right
+            raise InputError(f"one of the answers to the question {self.question!r} is blank; leave that out")
+
+    @classmethod
+    def of_record(cls, where: str, question: str, answers: Sequence[str], gold: Sequence[str], *,
+                  pool: Sequence[str] = (), place: tuple[str, int, int] | None = None) -> Self:
+        """A question from a file; raises InputError that begins with where it stands."""
+        try:
+            return cls(question, tuple(answers), tuple(gold), tuple(pool), place)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class TaskData:
     measures: tuple[str, ...] = ("em", "f1")
     answer_tokens: int = 24
     final: Callable[[str], str] = str.strip
-    ask: Literal["question", "repeat", "continue"] = "question"
+    ask: Ask = "question"
 
 
 class Task(ABC):
@@ -63,6 +77,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     file: ClassVar[str]  # what --data names; "" where the task needs no file
+    ask: ClassVar[Ask] = "question"
 
     @abstractmethod
     def load(self, data: Path | None, limit: int, seed: int) -> TaskData:
@@ -71,6 +86,10 @@ class Task(ABC):
         Raises:
             InputError: the file is missing, or a record in it cannot be used; names the record.
         """
+
+    def files(self, data: Path | None) -> list[Path]:
+        """The files on this machine that `load` reads."""
+        return [self.path(data)] if self.file and data is not None else []
 
     def path(self, data: Path | None) -> Path:
         """The task's file: `data` itself, or the one of the usual name in the folder `data`."""

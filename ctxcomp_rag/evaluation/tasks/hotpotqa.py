@@ -33,6 +33,6 @@ class HotpotQA(Task):
                    for i, (title, paragraph) in enumerate(zip(titles, sentences, strict=True))]
             gold = tuple(d.id for d, title in zip(own, titles, strict=True) if title in supporting)
             documents += own
-            asked.append(Asked(field(record, "question", str, place), (field(record, "answer", str, place),), gold,
-                               pool=tuple(d.id for d in own)))
+            asked.append(Asked.of_record(place, field(record, "question", str, place),
+                                         [field(record, "answer", str, place)], gold, pool=[d.id for d in own]))
         return TaskData(tuple(documents), tuple(asked))

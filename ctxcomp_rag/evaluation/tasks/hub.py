@@ -6,11 +6,25 @@ import random
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from ctxcomp_rag.evaluation.tasks.base import Task
 from ctxcomp_rag.records import open_dataset, read_lines, readable_dataset
 
 _SHUFFLED = 10_000  # records that a draw from a stream looks ahead
+
+
+class HubTask(Task):
+    """A task whose records come from the hub, or from a file or folder of the same form."""
+
+    file: ClassVar[str] = ""
+    hub_id: ClassVar[str]
+
+    def files(self, data: Path | None) -> list[Path]:
+        # of a folder all: which of them make up a split is for `datasets` to say
+        if data is None or not data.is_dir():
+            return [data] if data is not None and data.is_file() else []
+        return sorted(path for path in data.rglob("*") if path.is_file())
 
 
 def read_records(data: Path | None, default: str, *, config: str | None, split: str, count: int,

@@ -9,18 +9,16 @@ from typing import Any, ClassVar
 
 from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.errors import InputError
-from ctxcomp_rag.evaluation.tasks.base import Asked, Task, TaskData
-from ctxcomp_rag.evaluation.tasks.hub import read_records
+from ctxcomp_rag.evaluation.tasks.base import Asked, TaskData
+from ctxcomp_rag.evaluation.tasks.hub import HubTask, read_records
 
 SHOTS = 8
 """Solved examples: the oracle gives all of them, retrieval those nearest to the question."""
 
 
-class InContext(Task):
+class InContext(HubTask):
     """The examples come from the training split; of a file, from lines that are not asked."""
 
-    file: ClassVar[str] = ""
-    hub_id: ClassVar[str]
     config: ClassVar[str | None] = None
     asked_split: ClassVar[str] = "validation"
     answer_tokens: ClassVar[int] = 8
@@ -50,9 +48,9 @@ class InContext(Task):
             question, solution, _ = self.pose(record, place)
             documents.append(Document(place, f"{question}\n{solution}"))
         gold = tuple(d.id for d in documents)
-        posed = [(self.pose(record, place)) for place, record in asked]
-        return TaskData(tuple(documents), tuple(Asked(q, (a,), gold) for q, _, a in posed), measures=("em",),
-                        answer_tokens=self.answer_tokens, final=self.final)
+        posed = [(place, *self.pose(record, place)) for place, record in asked]
+        return TaskData(tuple(documents), tuple(Asked.of_record(place, q, [a], gold) for place, q, _, a in posed),
+                        measures=("em",), answer_tokens=self.answer_tokens, final=self.final)
 
 
 def label_of(record: dict[str, Any], names: tuple[str, ...], place: str) -> str:

@@ -32,12 +32,13 @@ class JsonLines(Task):
                 raise InputError(f"{place}: expected text in 'context', got an empty or other one")
             answers = field(record, "answers", list, place) if "answers" in record else [
                 field(record, "answer", str, place)]
+            other = [a for a in answers if not isinstance(a, str)]
+            if other:
+                raise InputError(f"{place}: expected texts in 'answers', got {other[0]!r}; put it in quotes, or leave "
+                                 "it out")
             own = [Document(f"{place}/{i}", t) for i, t in enumerate(texts)]
             documents |= {d.id: d for d in own}
-            try:
-                asked.append(Asked(field(record, "question", str, place), tuple(map(str, answers)),
-                                   tuple(d.id for d in own),
-                                   pool=() if isinstance(context, str) else tuple(d.id for d in own)))
-            except InputError as error:
-                raise InputError(f"{place}: {error}") from error
+            ids = [d.id for d in own]
+            asked.append(Asked.of_record(place, field(record, "question", str, place), answers, ids,
+                                         pool=() if isinstance(context, str) else ids))
         return TaskData(tuple(documents.values()), tuple(asked))

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ctxcomp_rag.chunking import Document
-from ctxcomp_rag.evaluation.tasks.base import Asked, Task, TaskData
-from ctxcomp_rag.evaluation.tasks.hub import read_records
+from ctxcomp_rag.evaluation.tasks.base import Asked, TaskData
+from ctxcomp_rag.evaluation.tasks.hub import HubTask, read_records
 from ctxcomp_rag.records import field
 
 _ANSWERED = 3  # about one question in so many has a short answer
 
 
-class NaturalQuestions(Task):
+class NaturalQuestions(HubTask):
     """Retrieval searches the page of the question."""
 
     name: ClassVar[str] = "nq"
-    file: ClassVar[str] = ""
     hub_id: ClassVar[str] = "google-research-datasets/natural_questions"
 
     def load(self, data: Path | None, limit: int, seed: int) -> TaskData:
@@ -48,4 +47,4 @@ class NaturalQuestions(Task):
         document = Document(place, text)
         first = (place, ranges[0][0], ranges[0][0] + len(answers[0]))
         question = field(field(record, "question", dict, place), "text", str, place)
-        return document, Asked(question, answers, (place,), pool=(place,), place=first)
+        return document, Asked.of_record(place, question, answers, [place], pool=[place], place=first)

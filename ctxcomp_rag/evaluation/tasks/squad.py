@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.errors import InputError
@@ -26,17 +26,20 @@ class Squad(Task):
         documents: dict[str, Document] = {}
         asked: list[Asked] = []
         for a, article in enumerate(content["data"]):
-            for p, paragraph in enumerate(field(article, "paragraphs", list, f"article {a}")):
-                where = f"article {a}, paragraph {p}"
+            for p, paragraph in enumerate(field(article, "paragraphs", list, f"{path.name} article {a}")):
+                where = f"{path.name} article {a}, paragraph {p}"
                 document = Document(f"squad/{a}/{p}", field(paragraph, "context", str, where),
                                     {"title": str(article.get("title", ""))})
                 documents[document.id] = document
-                for qa in field(paragraph, "qas", list, where):
-                    answers = field(qa, "answers", list, where)
-                    texts = tuple(field(x, "text", str, where) for x in answers)
-                    start = int(answers[0].get("answer_start", -1)) if answers else -1
-                    place = (document.id, start, start + len(texts[0])) if start >= 0 else None
-                    asked.append(Asked(field(qa, "question", str, where).strip(), texts, (document.id,), place=place))
+                for q, qa in enumerate(field(paragraph, "qas", list, where)):
+                    asked.append(self._asked(qa, document, f"{where}, question {q}"))
         drawn = random.Random(seed).sample(asked, min(limit, len(asked)))
         needed = dict.fromkeys(i for q in drawn for i in q.gold)
         return TaskData(tuple(documents[i] for i in needed), tuple(drawn))
+
+    def _asked(self, qa: dict[str, Any], document: Document, where: str) -> Asked:
+        answers = field(qa, "answers", list, where)
+        texts = [field(a, "text", str, where) for a in answers]
+        start = field(answers[0], "answer_start", int, where) if answers and "answer_start" in answers[0] else -1
+        place = (document.id, start, start + len(texts[0])) if start >= 0 else None
+        return Asked.of_record(where, field(qa, "question", str, where).strip(), texts, [document.id], place=place)

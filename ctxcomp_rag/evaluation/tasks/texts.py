@@ -9,7 +9,7 @@ from typing import ClassVar
 from ctxcomp_rag.chunking import Document
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.evaluation.fictional import generate_corpus
-from ctxcomp_rag.evaluation.tasks.base import Asked, Task, TaskData
+from ctxcomp_rag.evaluation.tasks.base import Ask, Asked, Task, TaskData
 from ctxcomp_rag.records import field, read_lines
 
 _SHORTEST = 40  # characters on either side of a continuation's beginning
@@ -21,6 +21,7 @@ class Reconstruction(Task):
 
     name: ClassVar[str] = "reconstruction"
     file: ClassVar[str] = "texts.jsonl"
+    ask: ClassVar[Ask] = "repeat"
 
     def load(self, data: Path | None, limit: int, seed: int) -> TaskData:
         if data is None:
@@ -29,7 +30,7 @@ class Reconstruction(Task):
             texts = drawn_texts(self.path(data), limit, seed)
         documents = tuple(Document(str(i), text) for i, text in enumerate(texts))
         asked = tuple(Asked("Repeat the text.", (d.text,), (d.id,)) for d in documents)
-        return TaskData(documents, asked, measures=("bleu", "rouge_l", "numbers", "names"), ask="repeat")
+        return TaskData(documents, asked, measures=("bleu", "rouge_l", "numbers", "names"), ask=self.ask)
 
 
 class Perplexity(Task):
@@ -37,6 +38,7 @@ class Perplexity(Task):
 
     name: ClassVar[str] = "perplexity"
     file: ClassVar[str] = "texts.jsonl"
+    ask: ClassVar[Ask] = "continue"
 
     def load(self, data: Path | None, limit: int, seed: int) -> TaskData:
         texts = [t for t in drawn_texts(self.path(data), limit, seed) if len(t) >= 2 * _SHORTEST]
@@ -49,7 +51,7 @@ class Perplexity(Task):
             cut = text.rfind(" ", _SHORTEST, cut) if " " in text[_SHORTEST:cut] else cut
             documents.append(Document(str(i), text[:cut]))
             asked.append(Asked("Go on.", (text[cut : cut + _CONTINUATION],), (str(i),)))
-        return TaskData(tuple(documents), tuple(asked), measures=("perplexity",), ask="continue")
+        return TaskData(tuple(documents), tuple(asked), measures=("perplexity",), ask=self.ask)
 
 
 def drawn_texts(path: Path, limit: int, seed: int) -> list[str]:
