@@ -43,7 +43,11 @@ def train(
             bar.clear()
             to_err.print(f"advice: {text}")
 
-        folder = run.train(chosen, show, advise)
+        def note(text: str) -> None:
+            bar.clear()
+            to_err.print(text)
+
+        folder = run.train(chosen, show, advise, note)
     if as_json:
         print_json({"compressor": str(folder), "log": str(Path(chosen.out) / "log.jsonl"), **last})
         return

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import dacite
 import yaml
 
 from ctxcomp_rag.errors import InputError
+
+
+def _at_least(least: int, where: str, **settings: float | None) -> None:
+    """Raises InputError for a setting that is below `least` or not finite; None stands for a default."""
+    for name, value in settings.items():
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"{where}: expected {name} to be a number of at least {least}, got {value:g}; give it one")
+
+
+def _positive(where: str, **settings: float) -> None:
+    """Raises InputError for a setting that is not above 0, or not finite."""
+    for name, value in settings.items():
+        if not 0 < value < math.inf:
+            raise InputError(f"{where}: expected {name} to be a number above 0, got {value:g}; give it one")
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,7 @@ class DataConfig:
             raise InputError("a data set has either a path or an id of the Hugging Face hub; give one of them")
         if self.kind == "squad" and self.id is not None:
             raise InputError("kind 'squad' is the official JSON file; for a data set by id use kind 'questions'")
+        _at_least(1, f"the data of {self.source!r}", limit=self.limit, context_tokens=self.context_tokens)
 
     @property
     def source(self) -> str:
@@ -79,6 +95,16 @@ class CompressorConfig:
             raise InputError("nested spans are made by icae; leave `nested` out, or use method: icae")
         if self.method == "pcc" and self.start is None and self.encoder is None:
             raise InputError("a pcc compressor needs an encoder: a folder, a hub id, or 'embedded'")
+        _at_least(1, "compressor", segment_tokens=self.segment_tokens, factor=self.factor,
+                  memory_tokens=self.memory_tokens, lora_rank=self.lora_rank, lora_alpha=self.lora_alpha)
+        for factor in self.nested:
+            _at_least(1, "compressor", nested=factor)
+        if self.factor > self.segment_tokens:
+            raise InputError(f"compressor: a segment of {self.segment_tokens} tokens has no slot at factor "
+                             f"{self.factor:g}; use a smaller factor or a larger segment_tokens")
+        if not self.lora_targets:
+            raise InputError("compressor: lora_targets names no module, so nothing would be trained; name some, or "
+                             "leave it out for q_proj and v_proj")
 
 
 @dataclass(frozen=True)
@@ -99,6 +125,13 @@ class SourceConfig:
     factors: list[float] = field(default_factory=list)
     max_spans: int = 1
 
+    def __post_init__(self) -> None:
+        where = f"the source {self.objective!r} of {self.data!r}"
+        _at_least(0, where, weight=self.weight)
+        _at_least(1, where, max_spans=self.max_spans)
+        for factor in self.factors:
+            _at_least(1, where, factors=factor)
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -112,6 +145,15 @@ class StageConfig:
     warmup_steps: int = 100
     frozen: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        where = f"the stage {self.name!r}"
+        _at_least(1, where, steps=self.steps, batch_size=self.batch_size)
+        _at_least(0, where, warmup_steps=self.warmup_steps)
+        _positive(where, learning_rate=self.learning_rate)
+        if self.sources and not any(s.weight for s in self.sources):
+            raise InputError(f"{where}: every source has the weight 0, so none would be drawn from; give one a weight "
+                             "above 0")
+
 
 @dataclass(frozen=True)
 class HeldOutConfig:
@@ -119,13 +161,17 @@ class HeldOutConfig:
 
     Attributes:
         data: a name under `data`; the last `examples` of it are kept from every source.
-        patience: evaluations without a new best after which a stage ends; 0: never.
+        patience: evaluations without a new best after which a stage that has an autoencoding source ends; 0: never.
     """
 
     data: str
     examples: int = 64
     every: int = 200
     patience: int = 5
+
+    def __post_init__(self) -> None:
+        _at_least(1, "held_out", examples=self.examples, every=self.every)
+        _at_least(0, "held_out", patience=self.patience)
 
 
 @dataclass(frozen=True)
@@ -154,6 +200,8 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        _at_least(1, "the run", save_every=self.save_every)
+        _positive("the run", max_grad_norm=self.max_grad_norm)
         used = [s.data for stage in self.stages for s in stage.sources] + (
             [self.held_out.data] if self.held_out else [])
         for name in used:
@@ -207,7 +255,14 @@ def _set(content: dict[str, Any], override: str) -> None:
 
 
 def _check_names(value: Any, kind: Any, where: str) -> None:
-    """Raises InputError for a setting that there is not, before dacite does without a hint."""
+    """Raises InputError for a setting or a choice that there is not, before dacite does without a hint."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        if value not in choices:
+            near = get_close_matches(str(value), choices, n=1)
+            raise InputError(f"expected {' or '.join(map(repr, choices))} in {where.rstrip('.')}, got {value!r}"
+                             + (f"; did you mean {near[0]!r}?" if near else "; choose one of them"))
+        return
     if is_dataclass(kind) and isinstance(value, Mapping):
         hints = get_type_hints(kind)
         known = [f.name for f in fields(kind)]

@@ -7,35 +7,45 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ctxcomp_rag.chunking import Document, split_document
+from ctxcomp_rag.chunking import Chunk, Document
 from ctxcomp_rag.errors import InputError
 from ctxcomp_rag.readers import read_documents
-from ctxcomp_rag.records import open_dataset, read_json, read_lines, readable_dataset
+from ctxcomp_rag.records import field, open_dataset, read_json, read_lines, readable_dataset
 from ctxcomp_rag.tokenization import TextTokenizer
 from ctxcomp_rag.training.config import DataConfig
-from ctxcomp_rag.training.examples import Example, passages
+from ctxcomp_rag.training.examples import Example, passages, pieces_of, text_digest
 
 
-def load_examples(config: DataConfig, tokenizer: TextTokenizer, max_tokens: int) -> list[Example]:
-    """The examples of a data set, in the order of the file; contexts of at most `max_tokens` tokens.
+def load_examples(config: DataConfig, tokenizer: TextTokenizer, max_tokens: int) -> tuple[list[Example], int]:
+    """(the examples of a data set, how many of its texts or questions gave none); in the order of the file.
 
-    Texts become passages, each with the one that follows. Of a context with a question that is too long, the piece
-    that holds the answer is kept; a question whose answer stands in no piece is left out.
+    Contexts have at most `max_tokens` tokens. Texts become passages, each with the one that follows, if one does; a
+    text without characters is left out. Of a context with a question that is too long, the piece that holds the answer
+    is kept; a question whose answer stands in no piece is left out.
 
     Raises:
         InputError: the data cannot be read, a field is missing or empty, or nothing is left; names the record.
     """
     limit = min(max_tokens, config.context_tokens or max_tokens)
+    examples: list[Example] = []
+    left_out = 0
     if config.kind == "texts":
-        examples = passages(islice(_texts(config), config.limit), tokenizer, limit)
+        texts = list(islice(_texts(config), config.limit))
+        examples, left_out = passages(texts, tokenizer, limit), sum(not text.strip() for text in texts)
     else:
         asked = _squad(_path(config)) if config.kind == "squad" else _questions(config)
-        examples = list(islice(_with_answers(asked, tokenizer, limit), config.limit))
+        for example in _with_answers(asked, tokenizer, limit):
+            if example is None:
+                left_out += 1
+                continue
+            examples.append(example)
+            if len(examples) == config.limit:
+                break
     if not examples:
         raise InputError(f"the data in {config.source!r} gives no example of at most {limit} tokens; expected "
-                         + ("texts longer than that, which are cut into passages" if config.kind == "texts" else
+                         + ("texts that are not empty" if config.kind == "texts" else
                             "answers that stand in their contexts"))
-    return examples
+    return examples, left_out
 
 
 def _texts(config: DataConfig) -> Iterator[str]:
@@ -64,30 +74,39 @@ def _questions(config: DataConfig) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _squad(path: Path) -> Iterator[tuple[str, str, str, str]]:
-    try:
-        articles = read_json(path)["data"]
-        paragraphs = [(f"{path.name}, article {a}, paragraph {p}", paragraph) for a, article in enumerate(articles)
-                      for p, paragraph in enumerate(article["paragraphs"])]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{str(path)!r} is not SQuAD: expected 'data', a list of articles with 'paragraphs' "
-                         f"({type(error).__name__}: {error})") from error
-    for place, paragraph in paragraphs:
-        for asked in paragraph.get("qas", ()):
-            if asked.get("answers"):  # the unanswerable ones of version 2 have none
-                yield (place, _text(paragraph, "context", place), _text(asked, "question", place),
-                       _text(asked["answers"][0], "text", place))
+    content = read_json(path)
+    if not isinstance(content, dict) or "data" not in content:
+        raise InputError(f"{str(path)!r} is not SQuAD: expected an object with 'data', a list of articles with "
+                         "'paragraphs'; for JSON lines use kind: questions")
+    for article_place, article in _objects(content, "data", path.name, "article"):
+        for place, paragraph in _objects(article, "paragraphs", article_place, "paragraph"):
+            for question_place, asked in _objects(paragraph, "qas", place, "question") if "qas" in paragraph else ():
+                if asked.get("answers"):  # the unanswerable ones of version 2 have none
+                    answer_place, answer = next(_objects(asked, "answers", question_place, "answer"))
+                    yield (place, _text(paragraph, "context", place), _text(asked, "question", question_place),
+                           _text(answer, "text", answer_place))
+
+
+def _objects(record: dict[str, Any], name: str, place: str, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, object) of a list of objects; raises InputError for anything else."""
+    for number, item in enumerate(field(record, name, list, place)):
+        if not isinstance(item, dict):
+            raise InputError(f"{place}, {what} {number}: expected an object, got {type(item).__name__}")
+        yield f"{place}, {what} {number}", item
 
 
 def _with_answers(asked: Iterable[tuple[str, str, str, str]], tokenizer: TextTokenizer,
-                  limit: int) -> Iterator[Example]:
-    pieces: tuple[str, list[str]] = "", []
+                  limit: int) -> Iterator[Example | None]:
+    """None for a question whose answer stands in no piece of its context."""
+    whole, digest = "", ""
+    pieces: list[Chunk] = []
     for place, context, question, answer in asked:
-        if pieces[0] != context:
-            pieces = context, [c.text for c in split_document(Document(place, context), tokenizer, max_tokens=limit)]
-        holding = pieces[1] if len(pieces[1]) == 1 else [p for p in pieces[1] if answer in p]
-        if holding:
-            # the space keeps the tokens of the answer those of the text that it is copied from
-            yield Example(holding[0], question=question.strip(), answer=f" {answer.strip()}")
+        if whole != context:
+            whole, digest, pieces = context, text_digest(context), pieces_of(Document(place, context), tokenizer, limit)
+        holding = pieces if len(pieces) == 1 else [p for p in pieces if answer in p.text]
+        # the space keeps the tokens of the answer those of the text that it is copied from
+        yield Example(holding[0].text, question=question.strip(), answer=f" {answer.strip()}",
+                      cut_from=(digest, holding[0].start)) if holding else None
 
 
 def _text(record: Mapping[str, Any], name: str, place: str) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctxcomp_rag.training.spliced import Repeating
+
 _WINDOW = 200  # steps
 _LEAST_GAIN = 0.01  # of the loss, from one half of the window to the other
 _LEARNED = 0.1  # nats per token: below it a loss is at its end, not on a plateau
@@ -24,10 +26,11 @@ _PART = ("the slots hold most of the text and lose the rest: train longer or at 
 
 @dataclass
 class PlateauMonitor:
-    """Watches the loss of each objective of a stage and gives advice once where it stands still.
+    """Watches the reconstruction losses of a stage and gives advice once where one stands still.
 
     The two places where the public ICAE code is known to stop are reconstruction losses of about 2 and of about 0.4
-    nats per token.
+    nats per token. Where the loss of another objective stands says nothing of the kind: a continuation cannot be known,
+    and a divergence from a teacher is not counted in what the slots hold.
     """
 
     window: int = _WINDOW
@@ -35,8 +38,10 @@ class PlateauMonitor:
     _told: set[tuple[str, str]] = field(default_factory=set)
 
     def advice(self, record: Mapping[str, Any]) -> str | None:
-        """What to do about the step's record ("stage", "step", "losses" by objective), or None."""
+        """What to do about the step's record ("stage", "step", "losses" by source and objective), or None."""
         for name, loss in record["losses"].items():
+            if not name.endswith(f".{Repeating.__name__}"):
+                continue
             key = str(record["stage"]), str(name)
             seen = self._seen.setdefault(key, deque(maxlen=self.window))
             seen.append(float(loss))
@@ -53,7 +58,7 @@ class PlateauMonitor:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Examples that are never trained on; a stage ends early where their loss stops falling.
+    """Examples that are never trained on; a stage may end early where their loss stops falling.
 
     Attributes:
         samples: what the loss is of, the same every time.

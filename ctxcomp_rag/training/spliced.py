@@ -229,9 +229,7 @@ def answer_logits(trainable: Trainable, samples: Sequence[SplicedSample]) -> lis
             embeds.append(row.to(backbone.dtype))
             positions += [at + p for p in steps]
             at += length
-        if at > backbone.max_positions:
-            raise InputError(f"a training sample takes {at} positions and the decoder has {backbone.max_positions}; "
-                             "use shorter contexts (context_tokens) or fewer spans")
+        _check_window(backbone, at, "a training sample")
         rows.append(torch.cat(embeds))
         places.append(torch.tensor(positions))
     return _run(backbone, rows, places, [len(s.labels) for s in samples])
@@ -247,7 +245,16 @@ def _spans(trainable: Trainable, samples: Sequence[SplicedSample]) -> list[list[
     return [[made[i, j] for j in range(len(s.contexts))] for i, s in enumerate(samples)]
 
 
+def _check_window(backbone: Backbone, length: int, what: str) -> None:
+    if length > backbone.max_positions:
+        raise InputError(f"{what} takes {length} positions and the decoder has {backbone.max_positions}; use shorter "
+                         "contexts (context_tokens) or fewer spans (max_spans)")
+
+
 def _text_logits(backbone: Backbone, ids: Sequence[Sequence[int]], counts: Sequence[int]) -> list[Tensor]:
+    """As `answer_logits`, after the full texts."""
+    for sample in ids:
+        _check_window(backbone, len(sample), "the full text that a distillation sample is taught from")
     rows = [backbone.embed(torch.tensor(i, dtype=torch.long)) for i in ids]
     return _run(backbone, rows, [torch.arange(len(i)) for i in ids], counts) if ids else []
 

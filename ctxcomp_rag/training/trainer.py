@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,6 +76,7 @@ class Stage:
         steps: optimiser steps; the rate rises over `warmup_steps` and then falls along a cosine to 0 at the end.
         batch_size: samples of a step, over all processes.
         frozen: beginnings of the names of parameters that this stage leaves as they are.
+        may_end_early: whether the held-out loss may end it; not where what it trains is another thing.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Stage:
     learning_rate: float
     warmup_steps: int = 0
     frozen: tuple[str, ...] = ()
+    may_end_early: bool = True
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, as a fraction of the largest."""
@@ -132,18 +135,23 @@ class Trainer:
         folder: for the checkpoint and `log.jsonl`, whose first line records seed, data digests and settings.
         max_grad_norm: gradients are scaled down to this norm.
         save_every: steps between checkpoints; the end of a stage always gets one.
-        held_out: evaluated in every stage, which it may end early.
+        held_out: evaluated in every stage; ends early those that it may.
         settings: what else decides the weights, JSON-ready; recorded, and required to be the same on resuming.
+        notes: what else the first line of the log says, JSON-ready.
+
+    Raises:
+        InputError: a stage has nothing to train on or nothing to train, or freezes what there is not.
     """
 
     def __init__(self, compressor: nn.Module, loss: SummedLoss, stages: Sequence[Stage], folder: str | Path, *,
                  seed: int = 0, max_grad_norm: float = 1.0, optimizers: MakeOptimizers = adamw, save_every: int = 50,
                  accelerator: Accelerator | None = None, held_out: HeldOut | None = None,
-                 settings: Mapping[str, Any] | None = None) -> None:
+                 settings: Mapping[str, Any] | None = None, notes: Mapping[str, Any] | None = None) -> None:
         self.accelerator = accelerator or make_accelerator()
         self.compressor, self.loss, self.stages, self.folder = compressor, loss, tuple(stages), Path(folder)
         self.seed, self.max_grad_norm = seed, max_grad_norm
         self.make_optimizers, self.save_every, self.held_out = optimizers, save_every, held_out
+        self.notes = dict(notes or {})
         self.trained = {n: p for n, p in compressor.named_parameters() if p.requires_grad}
         for stage in self.stages:
             if not stage.sources or any(not s.examples for s in stage.sources):
@@ -152,6 +160,7 @@ class Trainer:
             if stage.batch_size % self.accelerator.num_processes:
                 raise InputError(f"expected a batch size that {self.accelerator.num_processes} processes can share, "
                                  f"got {stage.batch_size} in the stage {stage.name!r}")
+            _check_frozen(stage, list(self.trained))
         self.described = {"seed": seed, "max_grad_norm": max_grad_norm, "stages": [s.described() for s in self.stages],
                           **(settings or {})}
 
@@ -181,7 +190,8 @@ class Trainer:
                     record["held_out"] = round(self.held_out.evaluate(self.compressor), 6)
                     history.append(record["held_out"])
                 self._log({"stage": number, "name": stage.name, "step": step, **record})
-                ended = self.held_out is not None and "held_out" in record and self.held_out.stops(history)
+                ended = (self.held_out is not None and "held_out" in record and stage.may_end_early
+                         and self.held_out.stops(history))
                 if step + 1 == stage.steps or ended:
                     self._save(number + 1, 0, [])
                 elif (step + 1) % self.save_every == 0:
@@ -287,14 +297,27 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return kept
         parameters = sum(p.numel() for p in self.trained.values())
-        file.write_text("".join(json.dumps(line) + "\n" for line in [{**self.described, "parameters": parameters},
-                                                                     *kept]), encoding="utf-8")
+        head = {**self.described, "parameters": parameters, **self.notes}
+        file.write_text("".join(json.dumps(line) + "\n" for line in [head, *kept]), encoding="utf-8")
         return kept
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             with (self.folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+def _check_frozen(stage: Stage, names: Sequence[str]) -> None:
+    """Raises InputError for what a stage freezes without effect, and for a stage that freezes everything."""
+    for beginning in stage.frozen:
+        if not any(name.startswith(beginning) for name in names):
+            parts = [name.split(".") for name in names]
+            beginnings = dict.fromkeys(".".join(p[:n]) for p in parts for n in range(1, len(p) + 1))
+            near = get_close_matches(beginning, beginnings, n=3) or list(dict.fromkeys(p[0] for p in parts))
+            raise InputError(f"the stage {stage.name!r} freezes {beginning!r}, with which no trained parameter begins; "
+                             f"the nearest are {', '.join(near)}")
+    if names and all(name.startswith(stage.frozen) for name in names):
+        raise InputError(f"the stage {stage.name!r} freezes every trained parameter; leave one out of its `frozen`")
 
 
 def _restore(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:

@@ -104,9 +104,10 @@ def make_stages(compressor: PCCCompressor, args: argparse.Namespace) -> list[Sta
     documents, asked = fictional(args.documents, args.seed)
     paragraphs, asked_squad = squad(args.data / "squad-train-v1.1.json.xz", tokenizer, tokens,
                                     args.paragraphs)
-    short = passages([*documents, *paragraphs], tokenizer, tokens // SHORT)
-    whole = passages([" ".join(documents[i : i + 4]) for i in range(0, len(documents), 4)] + paragraphs, tokenizer,
-                     tokens)
+    joined = [" ".join(documents[i : i + 4]) for i in range(0, len(documents), 4)]
+    # pieces that another follows: a continuation needs one, and the weights that come with the package had no others
+    short, whole = ([p for p in passages(texts, tokenizer, longest) if p.continuation] for texts, longest in (
+        ([*documents, *paragraphs], tokens // SHORT), ([*joined, *paragraphs], tokens)))
 
     def drawn(kind: type[Objective], examples: Sequence[Example], weight: float) -> list[Source]:
         return [Source(kind(compressor, factor), examples, weight * often) for factor, often in FACTORS.items()]

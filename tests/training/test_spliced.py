@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -164,5 +165,12 @@ def test_what_cannot_be_trained_is_refused(trainable: Trainable) -> None:
     long = Example("a" * 600, "", "Who?", " x")
     with pytest.raises(InputError, match=r"takes \d+ positions and the decoder has 512; use shorter contexts"):
         answer_logits(trainable, [OBJECTIVES["autoencoding"](trainable).sample(long, [long.context], None)])
+
+
+def test_the_full_text_that_a_student_is_taught_from_has_to_fit_the_window(trainable: Trainable) -> None:
+    sample = Distilling(trainable).sample(EXAMPLE, [EXAMPLE.context], None)
+    longer = replace(sample, teacher=(*(sample.teacher or ()), *[30] * 512))
+    with pytest.raises(InputError, match=r"the full text .* taught from takes \d+ positions and the decoder has 512"):
+        summed_spliced_loss(trainable, [longer])
 
 

@@ -26,6 +26,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 TEXT = " ".join(f"The lamp number {i} of Varn is red and its keeper is called Osk." for i in range(12))
 ASKED = [{"context": f"The lamp {i} is red. It stands in Varn.", "question": "Where?", "answers": ["in Varn"]}
          for i in range(6)]
+STANDING = {"learning_rate": 1e-12}
+"""Nothing changes, so the second evaluation is no better than the first."""
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +185,32 @@ def test_every_recipe_is_a_valid_configuration(path: Path) -> None:
     (["data.texts.id=a/b"], "either a path or an id"),
     (["compressor.method=pcc"], "a pcc compressor needs an encoder"),
     (["compressor.method=pcc", "compressor.encoder=x", "compressor.nested=[4]"], "nested spans are made by icae"),
+    (["stages.0.sources.0.objective=autoencodin"], "expected 'autoencoding' or 'continuation' or .* in "
+     "stages.0.sources.0.objective, got 'autoencodin'; did you mean 'autoencoding'?"),
+    (["optimizer=moun"], "expected 'adamw' or 'muon' in optimizer, got 'moun'; did you mean 'muon'?"),
+    (["mixed_precision=no"], "expected 'no' or 'bf16' in mixed_precision, got False"),
+    (["stages.0.steps=0"], "the stage 'copy': expected steps to be a number of at least 1, got 0"),
+    (["stages.0.batch_size=0"], "the stage 'copy': expected batch_size to be .* at least 1, got 0"),
+    (["stages.0.warmup_steps=-1"], "the stage 'copy': expected warmup_steps to be .* at least 0, got -1"),
+    (["stages.0.learning_rate=0.0"], "the stage 'copy': expected learning_rate to be a number above 0, got 0"),
+    (["stages.0.learning_rate=.nan"], "expected learning_rate to be a number above 0, got nan"),
+    (["stages.1.sources.1.max_spans=0"], "the source 'question' of 'asked': expected max_spans .* at least 1, got 0"),
+    (["stages.1.sources.1.factors=[0.5]"], "'question' of 'asked': expected factors .* at least 1, got 0.5"),
+    (["stages.1.sources.1.weight=-1.0"], "'question' of 'asked': expected weight .* at least 0, got -1"),
+    (["stages.1.sources.1.weight=.inf"], "expected weight to be a number of at least 0, got inf"),
+    (["stages.0.sources.0.weight=0.0"], "the stage 'copy': every source has the weight 0"),
+    (["save_every=0"], "expected save_every to be .* at least 1, got 0"),
+    (["max_grad_norm=0.0"], "expected max_grad_norm to be a number above 0, got 0"),
+    (["held_out.every=0"], "held_out: expected every .* at least 1, got 0"),
+    (["held_out.examples=0"], "held_out: expected examples .* at least 1, got 0"),
+    (["held_out.patience=-1"], "held_out: expected patience .* at least 0, got -1"),
+    (["data.texts.limit=0"], "the data of .*texts': expected limit .* at least 1, got 0"),
+    (["data.texts.context_tokens=-5"], "the data of .*texts': expected context_tokens .* at least 1, got -5"),
+    (["compressor.factor=0.5"], "compressor: expected factor .* at least 1, got 0.5"),
+    (["compressor.factor=65"], "a segment of 64 tokens has no slot at factor 65"),
+    (["compressor.lora_rank=0"], "compressor: expected lora_rank .* at least 1, got 0"),
+    (["compressor.memory_tokens=0"], "compressor: expected memory_tokens .* at least 1, got 0"),
+    (["compressor.lora_targets=[]"], "lora_targets names no module"),
 ])
 def test_settings_that_cannot_be_are_named(overrides: list[str], message: str, settings: dict[str, Any],
                                            tmp_path: Path) -> None:
@@ -211,11 +239,16 @@ def test_records_that_cannot_be_trained_on_are_named(record: dict[str, Any], mes
     (["stages.0.sources.0.data=asked", "stages.0.sources.0.objective=continuation"], "use data of kind texts"),
     (["data.texts.path=nowhere"], "there is no file or folder 'nowhere'"),
     (["held_out.examples=1000"], "nothing of the data set 'texts' is left to train on"),
+    (["compressor.lora_targets=[q_proj, c_attn]"], "no module 'c_attn' for lora_targets; it has .*k_proj, .*v_proj"),
+    (["out=run.yaml/run"], "expected a folder in `out`, but 'run.yaml' is a file"),
+    (["stages.0.frozen=[encodr]"], "the stage 'copy' freezes 'encodr', .* the nearest are encoder"),
 ])
 def test_data_and_decoder_that_do_not_fit_are_named(overrides: list[str], message: str, settings: dict[str, Any],
-                                                    tmp_path: Path) -> None:
+                                                    tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(settings, tmp_path)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
-        train(load_config(written(settings, tmp_path), overrides))
+        train(load_config(path, overrides))
 
 
 def test_the_squad_file_and_a_context_longer_than_a_segment(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -228,13 +261,11 @@ def test_the_squad_file_and_a_context_longer_than_a_segment(settings: dict[str, 
     (tmp_path / "squad.json").write_text(json.dumps(squad))
     data = load_config(written(settings, tmp_path), [
         f"data.squad={{kind: squad, path: {tmp_path / 'squad.json'}}}"]).data["squad"]
-    [example] = load_examples(data, tokenizer, 40)
+    [example], left_out = load_examples(data, tokenizer, 40)
+    assert left_out == 0
     assert (example.question, example.answer) == ("Who?", " Osk")
     assert "Osk" in example.context
     assert len(tokenizer.encode(example.context)) <= 40
-    (tmp_path / "squad.json").write_text("[]")
-    with pytest.raises(InputError, match="is not SQuAD"):
-        load_examples(data, tokenizer, 40)
 
 
 @pytest.mark.parametrize(("loss", "advice"), [(1.9, "reads nothing from the slots"), (0.4, "hold most of the text"),
@@ -247,8 +278,16 @@ def test_a_plateau_gets_the_advice_that_goes_with_its_height_once(loss: float, a
     if advice:
         assert advice in told[0]
         assert said[9] == told[0]
-    falling = [monitor.advice({"stage": "two", "step": i, "losses": {"a": 2.0 - 0.02 * i}}) for i in range(30)]
+    falling = [monitor.advice({"stage": "two", "step": i, "losses": {"0.Repeating": 2.0 - 0.02 * i}})
+               for i in range(30)]
     assert not any(falling)
+
+
+@pytest.mark.parametrize("name", ["0.GoingOn", "1.Answering", "2.Distilling"])
+def test_only_reconstruction_is_judged_by_the_height_of_its_plateau(name: str) -> None:
+    monitor = PlateauMonitor(window=10)
+    for loss in (3.1, 0.3):
+        assert not any(monitor.advice({"stage": "one", "step": i, "losses": {name: loss}}) for i in range(30))
 
 
 def test_a_stage_ends_when_the_held_out_loss_has_not_fallen_for_a_while() -> None:
@@ -260,7 +299,34 @@ def test_a_stage_ends_when_the_held_out_loss_has_not_fallen_for_a_while() -> Non
 
 def test_early_stopping_goes_on_with_the_next_stage(settings: dict[str, Any], tmp_path: Path) -> None:
     settings["held_out"] |= {"every": 1, "patience": 1}
-    settings["stages"][0] |= {"steps": 50, "learning_rate": 0.0}  # nothing changes, so the second evaluation ends it
+    settings["stages"][0] |= {"steps": 50, **STANDING}
     seen: list[dict[str, Any]] = []
     train(load_config(written(settings, tmp_path)), seen.append)
     assert [(r["stage"], r["ended"]) for r in seen][:3] == [("copy", False), ("copy", True), ("all", False)]
+
+
+def test_a_stage_that_trains_no_reconstruction_is_not_ended_by_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    """It is measured there all the same."""
+    settings["held_out"] |= {"every": 1, "patience": 1}
+    settings["stages"] = [{**settings["stages"][1], **STANDING}]
+    seen: list[dict[str, Any]] = []
+    train(load_config(written(settings, tmp_path)), seen.append)
+    assert [(r["step"], r["ended"], "held_out" in r) for r in seen] == [(i, False, True) for i in (1, 2, 3, 4)]
+
+
+def test_what_of_the_data_is_not_trained_on_is_said_and_logged(settings: dict[str, Any], tmp_path: Path) -> None:
+    lost = {"context": "long " * 60, "question": "Where?", "answer": "x"}
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, [*ASKED, lost])))
+    (tmp_path / "texts" / "a.txt").write_text("A short text.")
+    (tmp_path / "texts" / "b.txt").write_text(" ".join(f"w{i:03}" for i in range(90)))
+    settings["stages"] = [{**settings["stages"][1], "steps": 1}]
+    done = CliRunner().invoke(app, ["train", str(written(settings, tmp_path))])
+    assert done.exit_code == 0, done.output
+    said, head = " ".join(done.output.split()), log(tmp_path / "run")[0]
+    assert "data 'asked': questions left out as no piece of the context holds the answer: 1" in said
+    # of the texts the held-out piece, and the one that it follows
+    assert "data 'texts': examples left out as they share text with those held out: 2" in said
+    assert head["data"] == {"asked": {"left_out": 1, "share_held_out": 0},
+                            "texts": {"left_out": 0, "share_held_out": 2}}
+    used = head["stages"][0]["sources"][0]["examples"]
+    assert f"stage 'all': continuation has {used} of the {used + 1} examples of 'texts'" in said

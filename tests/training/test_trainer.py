@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from ctxcomp_rag.training import (
     Source,
     Stage,
     Trainer,
-    passages,
     summed_bracketed_loss,
     summed_loss,
 )
@@ -206,6 +205,27 @@ def test_a_source_without_examples_is_refused(encoder_folder: Path, tmp_path: Pa
         Trainer(compressor, loss, [empty], tmp_path)
 
 
+@pytest.mark.parametrize(("frozen", "message"), [
+    (("encoder", "memory_token5"), "freezes 'memory_token5', with which no trained parameter begins; the nearest are "
+                                   "memory_tokens"),
+    (("zzz",), "freezes 'zzz', .* the nearest are memory_tokens, encoder"),
+    (("encoder", "memory_tokens"), "freezes every trained parameter"),
+])
+def test_a_stage_freezes_parameters_that_there_are_and_leaves_some(frozen: tuple[str, ...], message: str,
+                                                                   encoder_folder: Path, tmp_path: Path) -> None:
+    compressor, loss, (stage, _) = make("icae", encoder_folder)
+    with pytest.raises(InputError, match=message):
+        Trainer(compressor, loss, [replace(stage, frozen=frozen)], tmp_path)
+
+
+@pytest.mark.parametrize("method", ["icae", "pcc"])
+def test_a_text_of_one_token_can_be_trained_on(method: str, encoder_folder: Path, tmp_path: Path) -> None:
+    compressor, loss, (stage, _) = make(method, encoder_folder)
+    tiny = replace(stage, sources=(Source(stage.sources[0].objective, [Example(".")]),), steps=1)
+    Trainer(compressor, loss, [tiny], tmp_path).run()
+    assert log(tmp_path)[1]["labels"] == 4  # of two samples: the token and the end
+
+
 def test_a_run_is_the_same_in_one_process_and_in_two(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
@@ -275,15 +295,6 @@ def test_icae_objectives_read_the_bos_of_the_layout_except_in_instructions() -> 
     with torch.no_grad():
         loss = summed_loss(compressor, [samples[AutoencodingObjective]] * 2).item()
     assert loss == pytest.approx(2 * by_hand(compressor, parts, [5, *ids, end]), rel=1e-5)
-
-
-def test_passages_go_on_where_the_one_before_ended() -> None:
-    text = " ".join(f"The lamp number {i} is red." for i in range(12))
-    found = passages([text, "Short.", "  "], BACKBONE.tokenizer, 24)
-    assert len(found) > 2
-    assert all(a.continuation == b.context for a, b in pairwise(found))
-    assert text.startswith(found[0].context)
-    assert text.endswith(found[-1].continuation)
 
 
 def test_a_nested_compressor_is_trained_at_every_factor_and_by_the_seed_alone(tmp_path: Path) -> None:
