@@ -13,7 +13,7 @@ from pages import table
 from tqdm import tqdm
 
 from ctxcomp_rag.backbone import Backbone, load_frozen
-from ctxcomp_rag.compressors import Compressor, load_compressor
+from ctxcomp_rag.compressors import Compressor
 from ctxcomp_rag.decoding import FrozenDecoder
 from ctxcomp_rag.evaluation.fictional import generate_corpus
 from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground, reconstruction_bleu, split_corpus
@@ -35,9 +35,10 @@ def decoder_of(model: str | None) -> Backbone:
     return load_frozen(Path(model) / "decoder") if model else load_frozen()
 
 
-def icae_of(model: str | None, backbone: Backbone) -> Compressor:
-    """The trained compressor beside it."""
-    return load_compressor(Path(model) / "icae", backbone) if model else load_trained_compressor("icae", backbone)
+def compressor_of(model: str | None, backbone: Backbone, compressor: str | None = None) -> Compressor:
+    """The compressor of this name or folder, or the ICAE one that was trained with the decoder of `decoder_of`."""
+    own = Path(model) / "icae" if model else "icae"
+    return load_trained_compressor(compressor or own, backbone)
 
 
 def home_ground_rows(name: str, compressor: Compressor, factors: Sequence[float], documents: int,

@@ -1,6 +1,6 @@
 """The embedded model on held-out documents of its home ground.
 
-    python benchmarks/home_ground.py [--documents 300] [--seed 1] [--compressor DIR] \
+    python benchmarks/home_ground.py [--documents 300] [--seed 1] [--model DIR] [--compressor NAME] \
         [--out benchmarks/results/home_ground.json]
 """
 
@@ -10,14 +10,12 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from common import print_table
+from common import compressor_of, decoder_of, print_table
 
-from ctxcomp_rag.backbone import EMBEDDED_MODEL, load_frozen
-from ctxcomp_rag.compressors import load_compressor, possible_factors
+from ctxcomp_rag.compressors import possible_factors
 from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground
 from ctxcomp_rag.evaluation.provenance import write_result
 from ctxcomp_rag.evaluation.systems import PREROLLED, default_systems, quoted_systems
-from ctxcomp_rag.pipeline import load_trained_compressor
 from ctxcomp_rag.retrieval import load_retrieval_encoder
 
 
@@ -26,15 +24,10 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", help="folder with decoder/ and icae/ [default: the embedded model]")
-    parser.add_argument("--compressor", help="folder of a compressor of the embedded model, or of the one in --model "
-                                             "[default: its icae]")
+    parser.add_argument("--compressor", help="name or folder of another compressor of that decoder [default: its icae]")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/home_ground.json"))
     args = parser.parse_args()
-    backbone = load_frozen(Path(args.model) / "decoder" if args.model else EMBEDDED_MODEL)
-    if args.model or args.compressor:
-        compressor = load_compressor(args.compressor or Path(args.model) / "icae", backbone)
-    else:
-        compressor = load_trained_compressor("icae", backbone)
+    compressor = compressor_of(args.model, decoder_of(args.model), args.compressor)
     systems = default_systems(possible_factors(compressor))
     systems += [p for p in PREROLLED if any(s.factor == p.factor and s.kind == "spans" for s in systems)]
     systems += quoted_systems(default_systems(possible_factors(compressor)))

@@ -1,6 +1,7 @@
 """The embedded model on its home ground, other documents for each seed: means, and how far seeds differ.
 
-    python benchmarks/home_seeds.py [--documents 300] [--seeds 11,12,...] [--model DIR] [--processes 2] [--out FILE]
+    python benchmarks/home_seeds.py [--documents 300] [--seeds 11,12,...] [--model DIR] [--compressor NAME] \
+        [--processes 2] [--out FILE]
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from common import decoder_of, icae_of, in_processes, print_table
+from common import compressor_of, decoder_of, in_processes, print_table
 
 from ctxcomp_rag.evaluation.home_ground import evaluate_home_ground
 from ctxcomp_rag.evaluation.provenance import write_result
@@ -19,12 +20,13 @@ from ctxcomp_rag.evaluation.systems import default_systems, quoted_systems
 from ctxcomp_rag.retrieval import load_retrieval_encoder
 
 
-def measure(job: tuple[str | None, int, int]) -> dict[str, Any]:
-    """The report of one seed: (model, documents, seed)."""
-    model, documents, seed = job
+def measure(job: tuple[str | None, str | None, int, int]) -> dict[str, Any]:
+    """The report of one seed: (model, compressor, documents, seed)."""
+    model, name, documents, seed = job
+    compressor = compressor_of(model, decoder_of(model), name)
     systems = [s for s in default_systems() if s.kind in ("text", "spans")]
-    report = evaluate_home_ground(icae_of(model, decoder_of(model)), load_retrieval_encoder(), documents=documents,
-                                  seed=seed, systems=[*systems, *quoted_systems(systems)], with_bleu=False)
+    report = evaluate_home_ground(compressor, load_retrieval_encoder(), documents=documents, seed=seed,
+                                  systems=[*systems, *quoted_systems(systems)], with_bleu=False)
     return {"seed": seed, **asdict(report)}
 
 
@@ -50,10 +52,11 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=300, help="of each seed")
     parser.add_argument("--seeds", default="11,12,13,14,15")
     parser.add_argument("--model", help="folder with decoder/ and icae/ [default: the embedded model]")
+    parser.add_argument("--compressor", help="name or folder of another compressor of that decoder [default: its icae]")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/home_seeds.json"))
     args = parser.parse_args()
-    jobs = [(args.model, args.documents, int(seed)) for seed in args.seeds.split(",")]
+    jobs = [(args.model, args.compressor, args.documents, int(seed)) for seed in args.seeds.split(",")]
     reports = in_processes(measure, jobs, args.processes)
     rows = rows_of(reports)
     print_table(rows)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import decoder_of, icae_of, in_processes, print_table
+from common import compressor_of, decoder_of, in_processes, print_table
 
 from ctxcomp_rag.compressors.infinipot import InfiniPotCompressor
 from ctxcomp_rag.evaluation.kept import (
@@ -36,7 +36,7 @@ def score(job: tuple[str | None, int, int, str, float]) -> dict[str, Any]:
         return asdict(score_text(backbone, questions))
     if name == QUESTION_AWARE:
         return asdict(score_question_aware(backbone, questions, factor))
-    made = icae_of(model, backbone) if name == "icae" else InfiniPotCompressor(backbone, CONFIGS[name])
+    made = compressor_of(model, backbone) if name == "icae" else InfiniPotCompressor(backbone, CONFIGS[name])
     return asdict(score_spans(name, made, questions, factor))
 
 

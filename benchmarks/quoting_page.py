@@ -10,16 +10,16 @@ from typing import Any
 
 from pages import between, fill, table
 
-HOME, SEEDS, COST = "home_ground", "home_seeds", "quoting_cost"
+HOME, SEEDS, COST, NESTED = "home_ground", "home_seeds", "quoting_cost", "_nested"
 ENGLISH = ("squad_dev_4x", "squad_dev_retrieved")
 LABELS = {"full_text": "full text", "4x": "spans 4x", "8x": "spans 8x", "16x": "spans 16x",
           "truncated_4x": "text cut to 4x"}
 
 
 def filled(page: str, results: dict[str, Any]) -> str:
-    """The page with the tables of the results that there are."""
+    """The page with the tables of the results that there are, of the nested compressor too (`nested_page.py`)."""
     for name, result in results.items():
-        rows_of = {HOME: home_rows, SEEDS: seed_rows, COST: cost_rows}.get(name, english_rows)
+        rows_of = {HOME: home_rows, SEEDS: seed_rows, COST: cost_rows}.get(name.removesuffix(NESTED), english_rows)
         page = between(page, name, f"\n{table(rows_of(result))}\n")
     return page
 

@@ -47,7 +47,7 @@ def bench(
     from ctxcomp_rag.evaluation.bench.rows import ROWS
     from ctxcomp_rag.evaluation.bench.run import run_rows
     from ctxcomp_rag.evaluation.bench.workload import Workload
-    from ctxcomp_rag.evaluation.provenance import provenance, write_result
+    from ctxcomp_rag.evaluation.provenance import provenance, require_writable, write_result
 
     quiet()
     counts = _counts(chunks)
@@ -57,6 +57,8 @@ def bench(
         raise InputError("--peer and --checkout go with one number of --chunks")
     if plot is not None and len(counts) == 1:
         raise InputError(f"--plot draws the growth with the chunks; give several to --chunks, got {chunks}")
+    if out is not None:
+        require_writable(out)
     workload = Workload(counts[0], chunk_tokens, question_tokens, new_tokens, seed)
     names = [name.strip() for name in rows.split(",")] if rows is not None else list(
         GROWTH_ROWS if len(counts) > 1 else ROWS)

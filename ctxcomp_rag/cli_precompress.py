@@ -38,7 +38,9 @@ def precompress(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders, or '-' for standard input: "
                                                "txt, md, html, jsonl, csv, parquet, pdf.")],
     out: Annotated[Path, typer.Option(help="Folder of the index; an index made by the same compressor is added to.")],
-    compressor: Annotated[str, typer.Option(help="Method name, or folder of a saved compressor.")] = "icae",
+    compressor: Annotated[str, typer.Option(help="icae, icae-nested (one index, read at 4x, 8x or 16x: "
+                                                "ask --factor), pcc, infinipot, or folder of a saved compressor."
+                                                )] = "icae",
     factor: Annotated[float | None, typer.Option(help="Source tokens per slot (default: the compressor's).")] = None,
     budget: Annotated[str | None, typer.Option(help="Size of a chunk's span, for methods that need no training: "
                                                "256slots, 64KiB or 4x.")] = None,

@@ -100,8 +100,9 @@ class CompressedRAG:
 
         Args:
             model: see `load_frozen`.
-            compressor: name of a method ("icae": the trained compressor of the embedded model; "infinipot": needs no
-                training, any full-attention RoPE decoder), or the folder of a saved compressor.
+            compressor: "icae" or "pcc", the trained compressors of the embedded model; "icae-nested", its trained one
+                whose spans can be read at 4x, 8x and 16x; "infinipot", which needs no training, for any full-attention
+                RoPE decoder; or the folder of a saved compressor.
             budget: size of a chunk's span, for methods that need no training: "256slots", "64KiB" or "4x".
             latent: a new index holds the memory of the compressor's encoder, which every decoder with a converter for
                 it reads; an index that exists says itself what it holds.

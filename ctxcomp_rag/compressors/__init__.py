@@ -16,6 +16,8 @@ COMPRESSORS = {
     "infinipot": "ctxcomp_rag.compressors.infinipot:InfiniPotCompressor",
     "pcc": "ctxcomp_rag.compressors.pcc:PCCCompressor",
 }
+# Trained compressors of the embedded decoder besides those that stand under their method's name, and their method.
+FURTHER = {"icae-nested": "icae"}
 
 
 def compressor_class(name: str) -> type[Compressor]:
@@ -32,15 +34,29 @@ def load_compressor(path: str | Path, backbone: Backbone) -> Compressor:
 
 
 def load_trained_compressor(compressor: str | Path, backbone: Backbone, budget: str | None = None) -> Compressor:
-    """A saved compressor by folder, or by method name the one that needs no folder (see `Compressor.ready_for`)."""
+    """A saved compressor by folder, or by name one that needs no folder.
+
+    Args:
+        compressor: a folder; or a method, for the compressor that `Compressor.ready_for` gives; or one of `FURTHER`.
+        budget: size of a span, for methods that need no training.
+
+    Raises:
+        InputError: there is no such compressor, it is not for this decoder, or its spans have a size of their own.
+    """
     size = Budget.parse(budget) if budget is not None else None
-    if str(compressor) not in COMPRESSORS and Path(compressor).is_dir():
+    name = str(compressor)
+    if name not in {*COMPRESSORS, *FURTHER} and Path(compressor).is_dir():
         if size is not None:
-            raise InputError(f"the settings in {str(compressor)!r} say how large a span is; leave the budget out, or "
+            raise InputError(f"the settings in {name!r} say how large a span is; leave the budget out, or "
                              "name a method instead of a folder")
         return load_compressor(compressor, backbone)
-    # a method's name wins over a folder of that name
-    return compressor_class(str(compressor)).ready_for(backbone, size)
+    # a name that comes with the package wins over a folder of that name
+    if name in FURTHER:
+        return compressor_class(FURTHER[name]).shipped(name, backbone, size)
+    if name not in COMPRESSORS:
+        raise InputError(f"there is no compressor {name!r}; expected a folder, or one of "
+                         f"{', '.join(sorted({*COMPRESSORS, *FURTHER}))}")
+    return compressor_class(name).ready_for(backbone, size)
 
 
 def load_reader(path: str | Path, backbone: Backbone) -> Compressor:
@@ -53,5 +69,5 @@ def decoder_of(path: str | Path) -> DecoderFingerprint:
     return DecoderFingerprint(**read_config(Path(path))["decoder"])
 
 
-__all__ = ["COMPRESSORS", "Budget", "Compressor", "compressor_class", "decoder_of", "load_compressor", "load_reader",
-           "load_trained_compressor", "possible_factors"]
+__all__ = ["COMPRESSORS", "FURTHER", "Budget", "Compressor", "compressor_class", "decoder_of", "load_compressor",
+           "load_reader", "load_trained_compressor", "possible_factors"]

@@ -147,13 +147,18 @@ class Compressor(ABC):
 
         A method that needs no training overrides this: it works for any decoder, and for a size that is wished for.
         """
+        return cls.shipped(cls.name, backbone, budget)
+
+    @classmethod
+    def shipped(cls, name: str, backbone: Backbone, budget: Budget | None = None) -> Self:
+        """The trained compressor of this name that comes with the embedded model."""
         if budget is not None:
-            raise InputError(f"{cls.name} spans have the size that the compressor was trained for; a budget is for "
+            raise InputError(f"{name} spans have the size that the compressor was trained for; a budget is for "
                              "methods that need no training. Use --factor")
         if backbone.model_id != EMBEDDED_MODEL:
-            raise InputError(f"there is no trained {cls.name} compressor for {backbone.model_id!r} in this package; "
+            raise InputError(f"there is no trained {name} compressor for {backbone.model_id!r} in this package; "
                              f"train one and pass its folder, or use --model {EMBEDDED_MODEL}")
-        return cls.from_pretrained(embedded_path(cls.name), backbone)
+        return cls.from_pretrained(embedded_path(name), backbone)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
         """Upload the saved folder to the Hugging Face hub; returns its address."""

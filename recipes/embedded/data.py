@@ -12,6 +12,7 @@ import random
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -212,12 +213,16 @@ class Corpus:
 
     # -- documents -------------------------------------------------------------------------------------------------
 
-    def fictional(self, rng: random.Random, kind: str | None = None) -> tuple[list[int], FictionalDocument]:
+    def fitting(self, draw: Callable[[], FictionalDocument]) -> tuple[list[int], FictionalDocument]:
+        """The first document drawn that fits a chunk, and its tokens."""
         while True:
-            document = generate_document(rng, self.split, kind=kind)
+            document = draw()
             ids = self.ids(document.text)
             if len(ids) <= MAX_CHUNK:
                 return ids, document
+
+    def fictional(self, rng: random.Random, kind: str | None = None) -> tuple[list[int], FictionalDocument]:
+        return self.fitting(lambda: generate_document(rng, self.split, kind=kind))
 
     def mentions(self, text: str, name: str) -> list[tuple[int, int]]:
         """First and last token of a name, wherever the text has it."""
@@ -235,12 +240,12 @@ class Corpus:
 
     def fictional_like(self, rng: random.Random, other: FictionalDocument) -> FictionalDocument:
         """A document of the same kind, whose subject has a name like the other's."""
-        while True:
+        def draw() -> FictionalDocument:
             drawn = [generate_document(rng, self.split, kind=other.kind) for _ in range(DRAWN)]
-            document = max((d for d in drawn if d.subject != other.subject),
-                           key=lambda d: likeness(d.subject, other.subject))
-            if len(self.ids(document.text)) <= MAX_CHUNK:
-                return document
+            return max((d for d in drawn if d.subject != other.subject),
+                       key=lambda d: likeness(d.subject, other.subject))
+
+        return self.fitting(draw)[1]
 
     def fictional_branches(self, rng: random.Random, document: FictionalDocument, count: int,
                            middle: str) -> list[Branch]:

@@ -82,6 +82,9 @@ def main() -> None:
             prefix = f"base_model.model.model.layers.{i}.{owner(name)}.{name}."
             adapter[prefix + "lora_A.default.weight"].copy_(block.lora_a[name].detach())
             adapter[prefix + "lora_B.default.weight"].copy_(block.lora_b[name].detach())
+    for weight in compressor.encoder.parameters():
+        if weight.requires_grad:  # LoRA, in bf16 too
+            weight.data = weight.data.to(torch.bfloat16)
     compressor.save_pretrained(args.out / "icae")
 
 

@@ -121,6 +121,12 @@ def test_an_unknown_row_shape_or_number_is_refused_with_what_to_type(rows: Rows)
         Workload(chunks=0)
 
 
+def test_the_command_says_before_it_measures_that_its_result_cannot_be_written(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["bench", "--shape", "tiny", "--out", str(tmp_path)])
+    assert isinstance(refused.exception, InputError)
+    assert "cannot be written" in str(refused.exception)
+
+
 def test_the_command_prints_one_object_with_a_row_each(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     done = CliRunner().invoke(app, ["bench", "--shape", "tiny", "--chunks", "2", "--chunk-tokens", "16", "--new-tokens",

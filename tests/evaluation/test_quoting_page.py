@@ -1,4 +1,4 @@
-"""The tables of docs/quoting.md are those of the committed results."""
+"""The tables of docs/quoting.md, and of nested spans in docs/compressors.md, are those of the committed results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "quoting.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +47,16 @@ def test_points_lost_are_those_of_each_seed() -> None:
         "points lost, quoting": "3.0 ± 1.0"}]
 
 
-def test_the_page_is_what_the_committed_results_say() -> None:
+@pytest.mark.parametrize("page", ["quoting", "compressors"])
+def test_the_page_is_what_the_committed_results_say(page: str) -> None:
+    import nested_page
     import quoting_page
 
-    names = (quoting_page.HOME, quoting_page.SEEDS, quoting_page.COST, *quoting_page.ENGLISH)
+    names = {"quoting": (quoting_page.HOME, quoting_page.SEEDS, quoting_page.COST, *quoting_page.ENGLISH),
+             "compressors": nested_page.RESULTS}[page]
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     results = {name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
                for name in names}
-    assert quoting_page.filled(PAGE, results) == PAGE
+    assert quoting_page.filled(text, results) == text
     for name in names:
-        assert f"<!-- {name} -->\n| " in PAGE
+        assert f"<!-- {name} -->\n| " in text
