@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+import ctxcomp_rag
 from ctxcomp_rag import __version__
 from ctxcomp_rag.backbone import Backbone
 from ctxcomp_rag.compressors import Compressor
@@ -54,23 +55,24 @@ def provenance() -> dict[str, Any]:
     """Command, commit (see `commit_of`), version, date, machine."""
     program = Path(sys.argv[0])
     command = ["ctxcomp", *sys.argv[1:]] if program.stem in ("ctxcomp", "cli") else ["python", *sys.argv]
-    return {"command": shlex.join(command), "commit": commit_of(Path(__file__)), "version": __version__,
+    return {"command": shlex.join(command), "commit": commit_of(Path(ctxcomp_rag.__file__)), "version": __version__,
             "date": time.strftime("%Y-%m-%d"),
             "machine": {"cpu_count": os.cpu_count(), "processor": _processor(), "python": platform.python_version(),
                         "torch": torch.__version__, "threads": torch.get_num_threads()}}
 
 
 def commit_of(file: Path) -> str:
-    """The commit of the checkout that a file belongs to, with "-dirty" where tracked files were changed since; "" where
-    git does not track it, as of a package that was installed inside somebody else's checkout."""
+    """The commit of the checkout that a file belongs to, with "-dirty" where tracked files of its folder were changed
+    since (not those beside it: results and pages change while one measures); "" where git does not track it, as of a
+    package that was installed inside somebody else's checkout."""
     git = ["git", "--no-optional-locks", "-C", str(file.parent)]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, check=True)
-        made = subprocess.run([*git, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True,
-                              check=True)
+        made = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True, check=False)
     except (OSError, subprocess.CalledProcessError):  # no git, no checkout, or not tracked
         return ""
-    return made.stdout.strip()
+    return made.stdout.strip() + ("-dirty" if changed.returncode else "")
 
 
 def _processor() -> str:

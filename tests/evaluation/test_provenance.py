@@ -21,20 +21,22 @@ def git(folder: Path, *arguments: str) -> str:
                           check=True).stdout.strip()
 
 
-def test_the_commit_is_that_of_a_tracked_file_and_says_when_files_were_changed(tmp_path: Path) -> None:
-    ours, installed = tmp_path / "ours.py", tmp_path / ".venv" / "theirs.py"
-    installed.parent.mkdir()
-    for path in (ours, installed):
-        path.write_text("x = 1\n")
+def test_the_commit_is_that_of_a_tracked_file_and_says_when_files_of_its_folder_were_changed(tmp_path: Path) -> None:
+    ours, installed, result = (tmp_path / name for name in ("package/ours.py", ".venv/theirs.py", "result.json"))
+    for path in (ours, installed, result):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("1\n")
     assert commit_of(ours) == ""  # no checkout
     git(tmp_path, "init")
-    git(tmp_path, "add", "ours.py")
+    git(tmp_path, "add", "package", "result.json")
     git(tmp_path, "commit", "-m", "first")
     git(tmp_path, "tag", "-a", "v1", "-m", "v1")
     head = git(tmp_path, "rev-parse", "--short", "HEAD")
     assert commit_of(ours) == head
     assert commit_of(installed) == ""  # in an environment inside somebody's checkout
-    ours.write_text("x = 2\n")
+    result.write_text("2\n")
+    assert commit_of(ours) == head
+    ours.write_text("2\n")
     assert commit_of(ours) == f"{head}-dirty"
 
 
