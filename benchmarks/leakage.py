@@ -10,33 +10,25 @@ decoder read, wiki-00.jsonl.xz and on.
 from __future__ import annotations
 
 import argparse
-import json
-import lzma
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from common import print_table
 
 from ctxcomp_rag.evaluation.fictional import generate_corpus
 from ctxcomp_rag.evaluation.leakage import Overlap, ngram_overlap, shared_subjects
 from ctxcomp_rag.evaluation.provenance import write_result
+from ctxcomp_rag.records import read_json, read_lines
 
 READ = 20000  # characters of an article that recipes/embedded reads
 
 
 def read_squad(path: Path) -> tuple[set[str], list[str], list[str]]:
     """(titles, paragraphs, questions)."""
-    with lzma.open(path, "rt", encoding="utf-8") as file:
-        articles = json.load(file)["data"]
+    articles = read_json(path)["data"]
     paragraphs = [p for a in articles for p in a["paragraphs"]]
     return ({a["title"] for a in articles}, [p["context"] for p in paragraphs],
             [q["question"] for p in paragraphs for q in p["qas"]])
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    with lzma.open(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def row(what: str, overlap: Overlap) -> dict[str, object]:
@@ -53,9 +45,9 @@ def main() -> None:
     args = parser.parse_args()
     titles, contexts, questions = read_squad(args.data / "squad-train-v1.1.json.xz")
     dev_titles, dev_contexts, dev_questions = read_squad(args.data / "squad-dev-v1.1.json.xz")
-    wiki = [r for i in range(args.wiki_files) for r in read_lines(args.data / f"wiki-{i:02d}.jsonl.xz")]
+    wiki = [r for i in range(args.wiki_files) for _, r in read_lines(args.data / f"wiki-{i:02d}.jsonl.xz")]
     wiki_titles = {r["title"] for r in wiki}
-    hotpot = read_lines(args.data / "hotpotqa-dev.jsonl.xz")
+    hotpot = [r for _, r in read_lines(args.data / "hotpotqa-dev.jsonl.xz")]
     train = generate_corpus(args.documents, 0, "train")
     held_out = generate_corpus(args.documents, 1, "held_out")
     rows = [row("SQuAD dev contexts in train contexts", ngram_overlap(contexts, dev_contexts)),

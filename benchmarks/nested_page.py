@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 from pages import fill
-from quoting_page import HOME, NESTED, SEEDS, filled
+from quoting_page import ENGLISH, HOME, NESTED, SEEDS, filled
 
-RESULTS = tuple(name + NESTED for name in (HOME, SEEDS, "squad_dev_4x"))
+RESULTS = tuple(name + NESTED for name in (HOME, SEEDS, ENGLISH[0]))
 
 if __name__ == "__main__":
     fill(__doc__, "docs/compressors.md", RESULTS, filled)

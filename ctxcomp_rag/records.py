@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import lzma
 from collections.abc import Iterator
@@ -31,7 +32,8 @@ def read_json(path: Path) -> Any:
 
 def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, record) of every line; the place is for error messages."""
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    # not splitlines(): it also ends a line at U+2028 and its like, which may stand in a string of JSON
+    for number, line in enumerate(io.StringIO(read_text(path), newline=None), 1):
         if not line.strip():
             continue
         place = f"{path.name} line {number}"

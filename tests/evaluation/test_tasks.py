@@ -67,6 +67,18 @@ def test_own_questions_are_lines_of_question_answer_context(tmp_path: Path) -> N
     assert path.exists()
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_of_a_file_ends_where_json_lines_end(end: str, tmp_path: Path) -> None:
+    context = "One\u2028two\x85three"  # separators of lines that may stand in a string of JSON
+    record = {"question": "what?", "answer": "two", "context": context}
+    path = tmp_path / "own.jsonl"
+    path.write_bytes((json.dumps(record, ensure_ascii=False) + end).encode() * 2 + b"{}" + end.encode())
+    with pytest.raises(InputError, match=r"own\.jsonl line 3: expected a field"):
+        task_named("jsonl").load(path, 3, seed=0)
+    path.write_bytes((json.dumps(record, ensure_ascii=False) + end).encode() * 2)
+    assert {d.text for d in task_named("jsonl").load(path, 2, seed=0).documents} == {context}
+
+
 def test_the_home_ground_needs_no_file_and_states_its_answers() -> None:
     data = task_named("home").load(None, limit=5, seed=1)
     texts = {d.id: d.text for d in data.documents}
